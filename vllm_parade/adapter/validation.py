@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Does an adapter fit the server, its base model and itself? Messages leave the file for the caller to name."""
+
+import re
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from vllm_parade.adapter.config import AdapterConfig, AdapterError
+from vllm_parade.adapter.weights import (
+    BaseModelShape,
+    GeneratorWeights,
+    adapted_layers,
+    generator_shapes,
+    shapes_for_sizes,
+)
+
+DEFAULT_LAYERS_PATH = "model.layers"
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MEANINGS = {
+    "down.weight": "[r, hidden size]",
+    "pooler.query": "[num_capsules, r]",
+    "pooler.weight": "[num_capsules, r, r / num_capsules]",
+    "up.weight": "[widths of the sites together, r]",
+    "up.bias": "[widths of the sites together]",
+}
+# The decoder layers' path in the Hugging Face model differs between architectures.
+TENSOR_NAME = re.compile(r"base_model\.model\.(.+)\.(0|[1-9][0-9]{0,5})\.parade_generator\.(.+)")
+
+
+def tensor_name(layers_path: str, layer: int, name: str) -> str:
+    """The checkpoint's name of tensor `name` (e.g. down.weight) of a layer's generator."""
+    return f"base_model.model.{layers_path}.{layer}.parade_generator.{name}"
+
+
+def check_config(
+    config: AdapterConfig, shape: BaseModelShape | None, max_rank: int | None, sites: Sequence[str] | None
+) -> None:
+    """Refuse settings that the server or the base model cannot serve.
+
+    Raises:
+        AdapterError: names the key, its value, the limit and the remedy.
+    """
+    if max_rank is not None and config.r > max_rank:
+        raise AdapterError(f"r is {config.r}; expected at most {max_rank}: raise --max-parade-rank to serve it")
+    for site in config.sites:
+        if sites is not None and site not in sites:
+            raise AdapterError(
+                f"sites names {site!r}; expected a list out of {', '.join(sites)}, which this server serves: "
+                f"add {site} to --parade-sites"
+            )
+        if shape is not None and site not in shape.widths:
+            has = ", ".join(shape.widths)
+            raise AdapterError(f"sites names {site!r}; expected a list out of {has}, which the base model has")
+    if shape is None:
+        return
+    beyond = [layer for layer in config.layers_to_transform or () if layer >= shape.num_layers]
+    if beyond:
+        raise AdapterError(
+            f"layers_to_transform names layer {beyond[0]}; expected 0 to {shape.num_layers - 1}, "
+            "the base model's layers"
+        )
+
+
+def check_tensors(
+    config: AdapterConfig, tensors: Mapping[str, Tensor], shape: BaseModelShape | None
+) -> dict[int, GeneratorWeights]:
+    """Sort a checkpoint's tensors into one generator a layer.
+
+    Without `shape` the hidden size and the sites' widths are those of the first layer's generator.
+
+    Raises:
+        AdapterError: a missing, superfluous or misshapen tensor, one that is not floating, NaN or infinity.
+    """
+    layers_path, last_layer = _find_layers(tensors)
+    if shape is not None:
+        layers = adapted_layers(config, shape)
+        sizes = generator_shapes(config, shape)
+    else:
+        layers = config.layers_to_transform or range(last_layer + 1)
+        sizes = _sizes_as_in(config, tensors, layers_path, layers[0])
+    generators: dict[int, GeneratorWeights] = {}
+    wanted: set[str] = set()
+    for layer in layers:
+        keys = {name: tensor_name(layers_path, layer, name) for name in sizes}
+        for name, key in keys.items():
+            _check_tensor(key, tensors.get(key), sizes[name], MEANINGS[name])
+        generators[layer] = GeneratorWeights.from_named_tensors({name: tensors[key] for name, key in keys.items()})
+        wanted.update(keys.values())
+    _refuse_superfluous(tensors, wanted, f"{', '.join(sizes)} in {len(layers)} layers, {layers[0]} to {layers[-1]}")
+    return generators
+
+
+def _find_layers(tensors: Mapping[str, Tensor]) -> tuple[str, int]:
+    matches = [match for match in map(TENSOR_NAME.fullmatch, sorted(tensors)) if match]
+    if not matches:
+        example = tensor_name(DEFAULT_LAYERS_PATH, 0, "down.weight")
+        raise AdapterError(f"holds no generator; expected tensors named like {example!r}")
+    return matches[0][1], max(int(match[2]) for match in matches)
+
+
+def _sizes_as_in(
+    config: AdapterConfig, tensors: Mapping[str, Tensor], layers_path: str, layer: int
+) -> dict[str, tuple[int, ...]]:
+    """The shapes that follow when this layer's hidden size and widths are right; no size is zero."""
+
+    def size(name: str, axis: int) -> int:
+        tensor = tensors.get(tensor_name(layers_path, layer, name))
+        return tensor.shape[axis] if tensor is not None and tensor.ndim and tensor.numel() else 1
+
+    return shapes_for_sizes(config, hidden_size=size("down.weight", -1), d_out=size("up.weight", 0))
+
+
+def _check_tensor(key: str, tensor: Tensor | None, size: tuple[int, ...], meaning: str) -> None:
+    expected = f"expected {list(size)}, {meaning}"
+    if tensor is None:
+        raise AdapterError(f"tensor {key!r} is missing; {expected}")
+    if tuple(tensor.shape) != size:
+        raise AdapterError(
+            f"tensor {key!r} has shape {list(tensor.shape)}; {expected}: the config or the base model is another"
+        )
+    if tensor.dtype not in DTYPES:
+        raise AdapterError(f"tensor {key!r} is {tensor.dtype}; expected one of {', '.join(map(str, DTYPES))}")
+    bad = int((~torch.isfinite(tensor)).sum())
+    if bad:
+        raise AdapterError(f"tensor {key!r} holds NaN or infinity in {bad} places; expected finite numbers")
+
+
+def _refuse_superfluous(tensors: Mapping[str, Tensor], wanted: set[str], expected: str) -> None:
+    superfluous = sorted(set(tensors) - wanted)
+    if superfluous:
+        raise AdapterError(f"tensor {superfluous[0]!r} is superfluous; expected {expected}")

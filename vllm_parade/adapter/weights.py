@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tensors of one generator, and the shapes that a base model asks of them."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vllm_parade.adapter.config import AdapterConfig
+
+# Standard deviation of the initial down projection and pooler.
+INITIAL_STD = 0.02
+# Names in the checkpoint and the fields of GeneratorWeights that hold them.
+TENSOR_ATTRIBUTES = {
+    "down.weight": "down",
+    "pooler.query": "query",
+    "pooler.weight": "weight",
+    "up.weight": "up",
+    "up.bias": "bias",
+}
+
+
+@dataclass(frozen=True)
+class BaseModelShape:
+    """What an adapter must know of its base model: sizes of the whole model, before any tensor parallelism."""
+
+    hidden_size: int
+    num_layers: int
+    widths: dict[str, int]
+    """Output size of the base projection behind each site (q, k, v, gate, up)."""
+
+    @classmethod
+    def from_hf_config(cls, config: Any) -> "BaseModelShape":
+        """Read the sizes of a LLaMA-like Hugging Face config."""
+        heads = config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        kv_width = (getattr(config, "num_key_value_heads", None) or heads) * head_dim
+        return cls(
+            hidden_size=config.hidden_size,
+            num_layers=config.num_hidden_layers,
+            widths={
+                "q": heads * head_dim,
+                "k": kv_width,
+                "v": kv_width,
+                "gate": config.intermediate_size,
+                "up": config.intermediate_size,
+            },
+        )
+
+    def output_width(self, sites: tuple[str, ...]) -> int:
+        """Entries of the vectors of `sites` together: d_out."""
+        return sum(self.widths[site] for site in sites)
+
+
+@dataclass(frozen=True, eq=False)
+class GeneratorWeights:
+    """One layer's generator, as `ops.reference.generate` takes it.
+
+    Shapes: down [r, d], query [k, r], weight [k, r, r / k], up [d_out, r], bias [d_out].
+    """
+
+    down: Tensor
+    query: Tensor | None
+    weight: Tensor | None
+    up: Tensor
+    bias: Tensor
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> "GeneratorWeights":
+        """A copy on `device` in `dtype`."""
+        moved = {name: tensor.to(device, dtype) for name, tensor in self.named_tensors().items()}
+        return GeneratorWeights.from_named_tensors(moved)
+
+    def named_tensors(self) -> dict[str, Tensor]:
+        """The tensors under the names that the checkpoint gives them; an absent one is left out."""
+        tensors = {name: getattr(self, attribute) for name, attribute in TENSOR_ATTRIBUTES.items()}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+    @classmethod
+    def from_named_tensors(cls, tensors: Mapping[str, Tensor]) -> "GeneratorWeights":
+        """The reverse of `named_tensors`."""
+        values: dict[str, Any] = {attribute: tensors.get(name) for name, attribute in TENSOR_ATTRIBUTES.items()}
+        return cls(**values)
+
+
+def generator_shapes(config: AdapterConfig, shape: BaseModelShape) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of one layer's generator, as the checkpoint stores them."""
+    return shapes_for_sizes(config, shape.hidden_size, shape.output_width(config.sites))
+
+
+def shapes_for_sizes(config: AdapterConfig, hidden_size: int, d_out: int) -> dict[str, tuple[int, ...]]:
+    """`generator_shapes` where no more of the base model is known than these two sizes."""
+    r, k = config.r, config.num_capsules
+    shapes: dict[str, tuple[int, ...]] = {"down.weight": (r, hidden_size)}
+    if config.pooler == "attentional_capsule":
+        shapes["pooler.query"] = (k, r)
+    if config.pooler != "last_token":
+        shapes["pooler.weight"] = (k, r, r // k)
+    return {**shapes, "up.weight": (d_out, r), "up.bias": (d_out,)}
+
+
+def adapted_layers(config: AdapterConfig, shape: BaseModelShape) -> Sequence[int]:
+    """Numbers of the layers that carry a generator, ascending."""
+    return range(shape.num_layers) if config.layers_to_transform is None else config.layers_to_transform
+
+
+def parameter_count(config: AdapterConfig, shape: BaseModelShape, *, bias: bool = True) -> int:
+    """Parameters of an adapter; without `bias` (b_up), what the paper counts."""
+    shapes = generator_shapes(config, shape)
+    counted = [size for name, size in shapes.items() if bias or name != "up.bias"]
+    return len(adapted_layers(config, shape)) * sum(math.prod(size) for size in counted)
+
+
+def initial_generator(
+    config: AdapterConfig, shape: BaseModelShape, generator: torch.Generator | None = None
+) -> GeneratorWeights:
+    """A generator that writes vectors of exactly one: the start of training.
+
+    Down projection and pooler are uniform with mean 0 and standard deviation 0.02, the up projection is zero, its bias
+    one; all float32.
+
+    Args:
+        generator: source of randomness, whose device the tensors take; None is PyTorch's own, on the CPU
+    """
+    device = torch.device("cpu") if generator is None else generator.device
+    bound = INITIAL_STD * math.sqrt(3)
+    tensors: dict[str, Tensor] = {}
+    for name, size in generator_shapes(config, shape).items():
+        tensor = torch.empty(size, dtype=torch.float32, device=device)
+        if name.startswith("up."):
+            tensors[name] = tensor.fill_(float(name == "up.bias"))
+        else:
+            tensors[name] = tensor.uniform_(-bound, bound, generator=generator)
+    return GeneratorWeights.from_named_tensors(tensors)

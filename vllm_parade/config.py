@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The server's knobs: the ParadeConfig flags, checked in one place."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from vllm_parade.adapter.config import DEFAULT_SITES, SITES
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+# Key of the knobs in EngineArgs.additional_config, where flags and keywords are folded; once the engine's config is made
+# only what its compile cache must know stays there.
+CONFIG_KEY = "parade"
+# Where the engine's config carries the knobs to every process, unseen by vLLM's hashing.
+CONFIG_ATTRIBUTE = "parade_config"
+
+
+class ParadeConfigError(ValueError):
+    """A knob or a combination that cannot be served; the message names flag, value and remedy."""
+
+
+@dataclass(frozen=True)
+class ParadeModule:
+    """An adapter that is served from the start under its name."""
+
+    name: str
+    """Name that clients give as `model`."""
+    path: str
+    """Folder of the adapter."""
+    base_model_name: str | None = None
+    """Parent shown in /v1/models; the served base model if not given."""
+
+    @classmethod
+    def parse(cls, value: "str | Mapping[str, Any] | ParadeModule") -> "ParadeModule":
+        """Read `name=path`, a JSON object or a mapping with "name" and "path"."""
+        if isinstance(value, ParadeModule):
+            return value
+        if isinstance(value, str):
+            value = cls._parse_text(value)
+        unknown = set(value) - {field.name for field in fields(cls)}
+        if unknown or not value.get("name") or not value.get("path"):
+            raise ParadeConfigError(
+                f"--parade-modules got {dict(value)!r}; expected name=path or "
+                '{"name": ..., "path": ..., "base_model_name": ...}'
+            )
+        return cls(**{key: str(entry) for key, entry in value.items()})
+
+    @staticmethod
+    def _parse_text(text: str) -> Mapping[str, Any]:
+        if not text.lstrip().startswith("{"):
+            name, equals, path = text.partition("=")
+            return {"name": name.strip(), "path": path.strip()} if equals else {"name": text}
+        try:
+            return dict(json.loads(text))
+        except ValueError as error:
+            raise ParadeConfigError(f"--parade-modules got {text!r}, which is no JSON: {error}") from None
+
+
+@dataclass(frozen=True)
+class ServingConfig:
+    """How an engine serves PARADE adapters. Flag names: `--enable-parade`, `--parade-modules`, ..."""
+
+    enable_parade: bool = False
+    """Serve PARADE adapters."""
+    parade_modules: tuple[ParadeModule, ...] = ()
+    """Adapters served from the start, as name=path or JSON {"name": ..., "path": ...}."""
+    max_parades: int = 32
+    """Adapters resident on the device. Only reading a prompt needs one there; decoding needs none."""
+    max_cpu_parades: int | None = None
+    """Adapters held in host memory; by default as many as max-parades or parade-modules, whichever is more."""
+    max_parade_rank: int = 64
+    """Largest bottleneck size r that an adapter may have."""
+    parade_sites: tuple[str, ...] | None = None
+    """Projections whose outputs can be scaled, out of q, k, v, gate, up; by default q, v, up and what the adapters of
+    parade-modules name. Each costs table memory: max-num-seqs times its width in every layer."""
+
+    def __post_init__(self) -> None:
+        modules = tuple(ParadeModule.parse(module) for module in self.parade_modules)
+        object.__setattr__(self, "parade_modules", modules)
+        for flag in ("max_parades", "max_cpu_parades", "max_parade_rank"):
+            value = getattr(self, flag)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ParadeConfigError(f"{flag_name(flag)} is {value!r}; expected a positive whole number")
+        self._check_sites()
+        self._check_combinations()
+
+    def _check_sites(self) -> None:
+        sites = self.parade_sites
+        if sites is None:
+            return
+        unknown = [site for site in sites if site not in SITES]
+        if unknown or not sites:
+            raise ParadeConfigError(f"--parade-sites is {list(sites)!r}; expected some of {', '.join(SITES)}")
+        object.__setattr__(self, "parade_sites", tuple(site for site in SITES if site in sites))
+
+    def _check_combinations(self) -> None:
+        names = [module.name for module in self.parade_modules]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ParadeConfigError(f"--parade-modules names {twice[0]!r} twice; give every adapter its own name")
+        if names and not self.enable_parade:
+            raise ParadeConfigError("--parade-modules needs --enable-parade; add it, or drop the modules")
+        if self.max_cpu_parades is None:
+            return
+        if self.max_cpu_parades < self.max_parades:
+            raise ParadeConfigError(
+                f"--max-cpu-parades is {self.max_cpu_parades}, less than --max-parades, {self.max_parades}; what is on "
+                "the device is held in host memory too: raise the first or lower the second"
+            )
+        if self.max_cpu_parades < len(names):
+            raise ParadeConfigError(
+                f"--max-cpu-parades is {self.max_cpu_parades}, but --parade-modules names {len(names)} adapters; "
+                "raise it, or leave it out"
+            )
+
+    @property
+    def host_capacity(self) -> int:
+        """Adapters that host memory may hold."""
+        return self.max_cpu_parades or max(self.max_parades, len(self.parade_modules))
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Projections that have columns in the vector tables."""
+        return self.parade_sites or DEFAULT_SITES
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "ServingConfig":
+        """Read the knobs from `additional_config["parade"]`.
+
+        Raises:
+            ParadeConfigError: names the flag, its value and the remedy.
+        """
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ParadeConfigError(f"unknown PARADE option {unknown[0]!r}; known are {', '.join(sorted(known))}")
+        lists = {name: tuple(values[name]) for name in ("parade_modules", "parade_sites") if values.get(name)}
+        return cls(**{**{k: v for k, v in values.items() if v is not None}, **lists})
+
+    @classmethod
+    def from_vllm_config(cls, vllm_config: "VllmConfig") -> "ServingConfig":
+        """The knobs of an engine; disabled where PARADE was not asked for."""
+        return getattr(vllm_config, CONFIG_ATTRIBUTE, cls())
+
+    def hashed(self, num_rows: int) -> dict[str, Any]:
+        """What shapes the compiled model and so enters vLLM's compile cache key. Adapters' names and paths do not."""
+        from vllm_parade import __version__
+
+        return {"version": __version__, "sites": list(self.sites), "rows": num_rows}
+
+
+def flag_name(field_name: str) -> str:
+    """The command line's spelling of a knob."""
+    return "--" + field_name.replace("_", "-")
+
+
+def given_sites(modules_sites: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
+    """Default sites together with those that the adapters of --parade-modules name."""
+    named = {site for sites in (DEFAULT_SITES, *modules_sites) for site in sites}
+    return tuple(site for site in SITES if site in named)

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PARADE's flags on the command line and keywords of `LLM(...)`, both folded into `additional_config["parade"]`.
+
+`EngineArgs` takes no fields from plugins, and server processes that are spawned receive the parsed flags before they
+load any plugin: `additional_config` is the field that reaches all of them.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any
+
+from vllm_parade.adapter.config import SITES
+from vllm_parade.config import CONFIG_KEY, ServingConfig, flag_name
+
+KNOBS = tuple(field.name for field in fields(ServingConfig))
+# Marks knobs that came from a command line, whose errors end the process with one line instead of a traceback.
+COMMAND_LINE = "command_line"
+
+
+def accept_keywords(wrapped: Callable[..., None], instance: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Wraps EngineArgs.__init__: take PARADE's keywords out and fold them into `additional_config`."""
+    given = {name: kwargs.pop(name) for name in KNOBS if name in kwargs}
+    if given:
+        additional = dict(kwargs.get("additional_config") or {})
+        kwargs["additional_config"] = {**additional, CONFIG_KEY: {**additional.get(CONFIG_KEY, {}), **given}}
+    wrapped(*args, **kwargs)
+
+
+class _FoldKnob(argparse.Action):
+    """Store a flag's value in `additional_config["parade"]`."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        value = True if self.nargs == 0 else values
+        _fold(namespace, {self.dest: value, COMMAND_LINE: True})
+
+
+def _fold(namespace: argparse.Namespace, knobs: dict[str, Any]) -> None:
+    additional = dict(getattr(namespace, "additional_config", None) or {})
+    namespace.additional_config = {**additional, CONFIG_KEY: {**additional.get(CONFIG_KEY, {}), **knobs}}
+
+
+class _MergeAdditionalConfig(argparse.Action):
+    """Let `--additional-config`, wherever it stands, keep what PARADE's flags have folded in."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        folded = (getattr(namespace, "additional_config", None) or {}).get(CONFIG_KEY)
+        namespace.additional_config = dict(values)
+        if folded:
+            _fold(namespace, folded)
+
+
+def add_flags(wrapped: Callable[..., Any], instance: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Wraps EngineArgs.add_cli_args: add the ParadeConfig group."""
+    parser = wrapped(*args, **kwargs)
+    group = parser.add_argument_group(
+        title="ParadeConfig",
+        description="Serve PARADE adapters (prompt-aware representation adjustment) beside the base model.",
+    )
+    options: dict[str, dict[str, Any]] = {
+        "enable_parade": {"nargs": 0},
+        "parade_modules": {"nargs": "+", "metavar": "NAME=PATH"},
+        "max_parades": {"type": int},
+        "max_cpu_parades": {"type": int},
+        "max_parade_rank": {"type": int},
+        "parade_sites": {"nargs": "+", "choices": SITES},
+    }
+    for name, option in options.items():
+        group.add_argument(
+            flag_name(name), action=_FoldKnob, dest=name, default=argparse.SUPPRESS, help=_help(name), **option
+        )
+    _merge_additional_config(parser._actions)
+    return parser
+
+
+def _help(name: str) -> str:
+    text = " ".join(_FIELD_HELP[name].split())
+    default = ServingConfig.__dataclass_fields__[name].default
+    return text if default in (None, (), False) else f"{text} (default: {default})"
+
+
+def _merge_additional_config(actions: Sequence[argparse.Action]) -> None:
+    for action in actions:
+        if "--additional-config" in action.option_strings:
+            action.__class__ = type("MergeAdditionalConfig", (_MergeAdditionalConfig, type(action)), {})
+
+
+_FIELD_HELP = {
+    "enable_parade": "Serve PARADE adapters.",
+    "parade_modules": (
+        'Adapters served from the start: NAME=PATH, or JSON {"name": ..., "path": ..., "base_model_name": ...}. '
+        "Clients ask for one by giving its name as model."
+    ),
+    "max_parades": (
+        "Adapters resident on the device. Only reading a prompt needs one there; decoding needs none, so a batch may "
+        "hold requests of any number of adapters."
+    ),
+    "max_cpu_parades": (
+        "Adapters held in host memory, at least max-parades. By default max-parades or the number of parade-modules, "
+        "whichever is more."
+    ),
+    "max_parade_rank": "Largest bottleneck size r that an adapter may have.",
+    "parade_sites": (
+        "Projections whose outputs adapters may scale. By default q, v, up and what the adapters of parade-modules "
+        "name. Each takes max-num-seqs times its width of device memory in every layer."
+    ),
+}

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one choke point of all requests, offline and online: here a ParadeRequest becomes what the engine core reads."""
+
+import uuid
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from vllm.exceptions import VLLMValidationError
+
+from vllm_parade.config import ServingConfig
+from vllm_parade.frontend.adapters import AdapterRegistry, argument
+from vllm_parade.request import EXTRA_ARGS_KEY, Instruction, ParadeRequest
+
+if TYPE_CHECKING:
+    from vllm.v1.engine import EngineCoreRequest
+    from vllm.v1.engine.input_processor import InputProcessor
+
+
+def process_inputs(
+    wrapped: Callable[..., "EngineCoreRequest"], instance: "InputProcessor", args: tuple, kwargs: dict[str, Any]
+) -> "EngineCoreRequest":
+    """Wraps InputProcessor.process_inputs: give the engine core's request its instruction and its own KV cache."""
+    parade_request = argument(wrapped, args, kwargs, "lora_request")
+    if ServingConfig.from_vllm_config(instance.vllm_config).enable_parade:
+        _refuse_forged(argument(wrapped, args, kwargs, "params"))
+    if not isinstance(parade_request, ParadeRequest):
+        return wrapped(*args, **kwargs)
+    if argument(wrapped, args, kwargs, "resumable"):
+        raise VLLMValidationError(f"adapter {parade_request.parade_name!r}: streaming input is not supported")
+    adapter = AdapterRegistry.of(instance).content_hash(parade_request)
+    request = wrapped(*args, **{**kwargs, "lora_request": None})
+    instruction = _instruction(instance, request, parade_request, adapter)
+    params = request.sampling_params
+    # A fresh dict: copies of the parameters (n > 1, callers that reuse them) share the old one.
+    params.extra_args = {**(params.extra_args or {}), EXTRA_ARGS_KEY: instruction.to_extra_args()}
+    # Keys and values under an adapter depend on the whole instruction: no other request may reuse them.
+    request.cache_salt = f"parade:{adapter}:{uuid.uuid4().hex}:{request.cache_salt or ''}"
+    return request
+
+
+def _refuse_forged(params: Any) -> None:
+    """A client's `vllm_xargs` become extra_args as they are: nobody may write the plan of another tenant's row."""
+    if EXTRA_ARGS_KEY in (getattr(params, "extra_args", None) or {}):
+        raise VLLMValidationError(
+            f"{EXTRA_ARGS_KEY!r} is not a sampling argument; name the adapter as the request's model",
+            parameter=f"vllm_xargs.{EXTRA_ARGS_KEY}",
+        )
+
+
+def _instruction(
+    processor: "InputProcessor", request: "EngineCoreRequest", parade_request: ParadeRequest, adapter: str
+) -> Instruction:
+    name = parade_request.parade_name
+    if request.sampling_params is None or request.prompt_token_ids is None:
+        raise VLLMValidationError(f"adapter {name!r} applies to text generation from tokens only")
+    prompt_tokens = len(request.prompt_token_ids)
+    tokens = parade_request.instruction_tokens or prompt_tokens
+    if tokens > prompt_tokens:
+        raise VLLMValidationError(
+            f"instruction_tokens is {tokens}, but the prompt has {prompt_tokens} tokens",
+            parameter="instruction_tokens",
+            value=tokens,
+        )
+    step_tokens = processor.vllm_config.scheduler_config.max_num_batched_tokens
+    if tokens > step_tokens:
+        raise VLLMValidationError(
+            f"the prompt has {tokens} tokens, but adapter {name!r} must read it in one step of at most {step_tokens} "
+            "tokens; shorten it, or start the server with a larger --max-num-batched-tokens",
+            parameter="prompt",
+        )
+    if parade_request.freeze_instruction:
+        parade_request.instruction_tokens = tokens
+    return Instruction(adapter=adapter, tokens=tokens)

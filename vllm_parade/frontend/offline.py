@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`parade_request=` for LLM.generate, enqueue, chat and beam_search."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from vllm_parade.frontend.adapters import argument
+from vllm_parade.request import ParadeRequest
+
+KEYWORD = "parade_request"
+
+
+def generate(wrapped: Callable[..., Any], instance: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Wraps LLM.generate, enqueue and chat: let `parade_request` travel where a LoRARequest would."""
+    return wrapped(*args, **_with_adapter(wrapped, args, kwargs))
+
+
+def beam_search(wrapped: Callable[..., Any], instance: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Wraps LLM.beam_search: as `generate`, and every prompt keeps its own instruction through all steps."""
+    if KEYWORD in kwargs:
+        kwargs = _with_adapter(wrapped, args, kwargs)
+        prompts = argument(wrapped, args, kwargs, "prompts")
+        given = kwargs["lora_request"]
+        requests = given if isinstance(given, Sequence) else [given] * len(prompts)
+        kwargs["lora_request"] = [request and request.for_beam_search() for request in requests]
+    return wrapped(*args, **kwargs)
+
+
+def _with_adapter(wrapped: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    if KEYWORD not in kwargs:
+        return kwargs
+    kwargs = dict(kwargs)
+    given = kwargs.pop(KEYWORD)
+    if given is None:
+        return kwargs
+    for request in given if isinstance(given, Sequence) else [given]:
+        if request is not None and not isinstance(request, ParadeRequest):
+            raise TypeError(f"parade_request is {request!r}; expected a ParadeRequest, or a list of them and None")
+    if argument(wrapped, args, kwargs, "lora_request") is not None:
+        raise ValueError("lora_request and parade_request cannot be given together; give one of them")
+    return {**kwargs, "lora_request": given}

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Before an engine starts: read the knobs, refuse what cannot be served rightly, choose scheduler and worker."""
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from vllm.logger import init_logger
+
+from vllm_parade.adapter import AdapterError, BaseModelShape, load_adapter, load_config
+from vllm_parade.config import CONFIG_ATTRIBUTE, CONFIG_KEY, ParadeConfigError, ServingConfig, given_sites
+from vllm_parade.frontend.arguments import COMMAND_LINE
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.engine.arg_utils import EngineArgs
+
+logger = init_logger("vllm.parade.startup")
+
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+SCHEDULERS = {False: "vllm_parade.scheduler.ParadeScheduler", True: "vllm_parade.scheduler.ParadeAsyncScheduler"}
+WORKERS = {
+    "vllm.v1.worker.cpu_worker.CPUWorker": "vllm_parade.worker.cpu.ParadeCPUWorker",
+    "vllm.v1.worker.gpu_worker.Worker": "vllm_parade.worker.gpu.ParadeGPUWorker",
+}
+
+
+def create_engine_config(
+    wrapped: Callable[..., "VllmConfig"], instance: "EngineArgs", args: tuple, kwargs: dict[str, Any]
+) -> "VllmConfig":
+    """Wraps EngineArgs.create_engine_config: set an engine up for PARADE, or leave it alone."""
+    additional = instance.additional_config or {}
+    if CONFIG_KEY not in additional:
+        return wrapped(*args, **kwargs)
+    values = dict(additional[CONFIG_KEY])
+    command_line = values.pop(COMMAND_LINE, False)
+    # Names and paths of adapters must not enter vLLM's hash of the config; `_enable` puts back what must.
+    instance.additional_config = {key: value for key, value in additional.items() if key != CONFIG_KEY}
+    try:
+        config = ServingConfig.from_dict(values)
+        if not config.enable_parade:
+            return wrapped(*args, **kwargs)
+        vllm_config = wrapped(*args, **kwargs)
+        _enable(vllm_config, config)
+    except (ParadeConfigError, AdapterError) as error:
+        if not command_line:
+            raise
+        logger.error("PARADE: %s", error)
+        raise SystemExit(1) from None
+    finally:
+        instance.additional_config = additional
+    return vllm_config
+
+
+def _enable(vllm_config: "VllmConfig", config: ServingConfig) -> None:
+    refuse_unsupported(vllm_config)
+    config = _with_sites(config)
+    _check_modules(vllm_config, config)
+    vllm_config.scheduler_config.scheduler_cls = SCHEDULERS[bool(vllm_config.scheduler_config.async_scheduling)]
+    vllm_config.parallel_config.worker_cls = WORKERS[vllm_config.parallel_config.worker_cls]
+    num_rows = vllm_config.scheduler_config.max_num_seqs + 1
+    vllm_config.additional_config = {**vllm_config.additional_config, CONFIG_KEY: config.hashed(num_rows)}
+    setattr(vllm_config, CONFIG_ATTRIBUTE, config)
+
+
+def _with_sites(config: ServingConfig) -> ServingConfig:
+    if config.parade_sites is not None:
+        return config
+    return replace(config, parade_sites=given_sites([load_config(m.path).sites for m in config.parade_modules]))
+
+
+def _check_modules(vllm_config: "VllmConfig", config: ServingConfig) -> None:
+    """Read every static adapter once, so that a bad one is one clear line before minutes of loading the model."""
+    served = vllm_config.model_config.served_model_name
+    shape = BaseModelShape.from_hf_config(vllm_config.model_config.hf_text_config)
+    for module in config.parade_modules:
+        if module.name in ([served] if isinstance(served, str) else served or []):
+            raise ParadeConfigError(
+                f"--parade-modules names {module.name!r}, which is the base model's name; rename one of them"
+            )
+        load_adapter(module.path, shape, max_rank=config.max_parade_rank, sites=config.sites)
+
+
+def refuse_unsupported(vllm_config: "VllmConfig") -> None:
+    """Refuse what would give wrong answers.
+
+    Raises:
+        ParadeConfigError: names the flag, the reason and what to do.
+    """
+    for flag, wanted, reason in _unsupported(vllm_config):
+        if wanted:
+            raise ParadeConfigError(f"{flag} cannot be used with --enable-parade: {reason}")
+
+
+def _unsupported(vllm_config: "VllmConfig") -> list[tuple[str, bool, str]]:
+    model, parallel, scheduler = vllm_config.model_config, vllm_config.parallel_config, vllm_config.scheduler_config
+    compilation = vllm_config.compilation_config
+    architecture = (model.architectures or ["?"])[0]
+    environment = {name: os.environ.get(name, "0") not in ("", "0") for name in os.environ}
+    return [
+        (
+            f"model architecture {architecture}",
+            architecture not in ARCHITECTURES or model.is_encoder_decoder,
+            f"supported are {', '.join(ARCHITECTURES)}",
+        ),
+        ("--runner pooling", model.runner_type == "pooling", "pooling models generate nothing"),
+        (
+            "VLLM_USE_RUST_FRONTEND",
+            environment.get("VLLM_USE_RUST_FRONTEND", False),
+            "the Rust front end bypasses the plugin; unset it",
+        ),
+        (
+            "VLLM_USE_V2_MODEL_RUNNER",
+            bool(vllm_config.use_v2_model_runner),
+            "model runner V2 is not supported yet; set VLLM_USE_V2_MODEL_RUNNER=0",
+        ),
+        (
+            "VLLM_ALLOW_RUNTIME_LORA_UPDATING",
+            environment.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING", False),
+            "its routes could remove or replace a PARADE adapter's name; unset it",
+        ),
+        ("--enable-lora", vllm_config.lora_config is not None, "one engine serves LoRA or PARADE adapters, not both"),
+        (
+            "--speculative-config",
+            vllm_config.speculative_config is not None,
+            "drafts are not supported yet; drop it",
+        ),
+        ("--enable-dbo", bool(parallel.enable_dbo), "vectors are looked up by token position, which it cuts up"),
+        (
+            "--data-parallel-size",
+            parallel.data_parallel_size > 1,
+            "adapters cannot be loaded on all engines safely; start one server a replica",
+        ),
+        (
+            "--pipeline-parallel-size",
+            parallel.pipeline_parallel_size > 1,
+            "not supported yet; use --tensor-parallel-size",
+        ),
+        (
+            "--kv-transfer-config",
+            vllm_config.kv_transfer_config is not None,
+            "a prompt's vectors would not travel with its keys and values",
+        ),
+        (
+            "sequence parallelism (compilation_config.pass_config.enable_sp)",
+            bool(getattr(compilation.pass_config, "enable_sp", False)),
+            "vectors are looked up by token position, which it cuts up",
+        ),
+        (
+            "--enable-sleep-mode",
+            bool(getattr(model, "enable_sleep_mode", False)),
+            "vectors of waiting requests would be lost",
+        ),
+        (
+            "--long-prefill-token-threshold",
+            scheduler.long_prefill_token_threshold > 0,
+            "it cuts prompts, and a PARADE prompt must pass whole; set it to 0",
+        ),
+        (
+            "--scheduler-cls",
+            scheduler.scheduler_cls is not None,
+            "PARADE brings its own scheduler class; drop it",
+        ),
+        (
+            f"--worker-cls {parallel.worker_cls}",
+            parallel.worker_cls not in WORKERS,
+            f"PARADE brings its own worker class for {', '.join(WORKERS)}; drop it",
+        ),
+    ]

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where each site lies: in a projection's output, in the vector table, and in the whole model's vector."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vllm_parade.adapter import AdapterConfig, BaseModelShape, GeneratorWeights
+
+
+@dataclass(frozen=True)
+class SiteShard:
+    """The part of one site that this rank of the tensor parallel group computes."""
+
+    name: str
+    """q, k, v, gate or up."""
+    width: int
+    """Entries on this rank."""
+    output_start: int
+    """First column in the output of the fused projection."""
+    model_start: int
+    """First entry within the site's vector of the whole model."""
+
+
+def qkv_shards(projection: Any) -> list[SiteShard]:
+    """Sites of a QKVParallelLinear, whose output is [q | k | v] of this rank's heads."""
+    query = projection.num_heads * projection.head_size
+    key = projection.num_kv_heads * projection.head_size
+    value = projection.num_kv_heads * projection.v_head_size
+    # With fewer KV heads than ranks, neighbouring ranks hold copies of the same head.
+    kv_rank = projection.tp_rank // projection.num_kv_head_replicas
+    return [
+        SiteShard("q", query, 0, projection.tp_rank * query),
+        SiteShard("k", key, query, kv_rank * key),
+        SiteShard("v", value, query + key, kv_rank * value),
+    ]
+
+
+def gate_up_shards(projection: Any) -> list[SiteShard]:
+    """Sites of a MergedColumnParallelLinear, whose output is [gate | up] of this rank's columns."""
+    gate, up = (size // projection.tp_size for size in projection.output_sizes)
+    return [
+        SiteShard("gate", gate, 0, projection.tp_rank * gate),
+        SiteShard("up", up, gate, projection.tp_rank * up),
+    ]
+
+
+def shard_generator(
+    weights: GeneratorWeights,
+    config: AdapterConfig,
+    shape: BaseModelShape,
+    shards: list[SiteShard],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> GeneratorWeights:
+    """This rank's part of a generator, writing a whole row of the table.
+
+    The projection down and the pooler are the same on all ranks; of the projection up only the rows of this rank's
+    columns are kept, so no rank needs another's result. Sites that the adapter leaves alone get weight 0 and bias 1.
+    """
+    starts, start = {}, 0
+    for site in config.sites:
+        starts[site], start = start, start + shape.widths[site]
+    up, bias = [], []
+    for shard in shards:
+        if shard.name in starts:
+            begin = starts[shard.name] + shard.model_start
+            up.append(weights.up[begin : begin + shard.width])
+            bias.append(weights.bias[begin : begin + shard.width])
+        else:
+            up.append(weights.up.new_zeros(shard.width, config.r))
+            bias.append(weights.bias.new_ones(shard.width))
+    local = GeneratorWeights(weights.down, weights.query, weights.weight, torch.cat(up), torch.cat(bias))
+    return local.to(device, dtype)

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The entry point, and the one list of all places where vllm_parade reaches into vLLM.
+
+What vLLM offers as extension points carries most of the weight: general plugins, `scheduler_cls`, `worker_cls`,
+`additional_config`, `extra_args`, `cache_salt`. The seams below are methods that are wrapped, since no extension point
+exists; patches/README.md says why and until when. Nothing that they do has an effect unless PARADE is enabled.
+"""
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import wrapt
+
+from vllm_parade import compat
+
+FRONTEND = "vllm_parade.frontend"
+
+
+@dataclass(frozen=True)
+class Seam:
+    """One wrapped method of vLLM."""
+
+    module: str
+    """Module of vLLM that defines the class."""
+    method: str
+    """Class and method."""
+    wrapper: str
+    """Our function, `module:name`, called as wrapt calls wrappers: (wrapped, instance, args, kwargs)."""
+    needs: tuple[str, ...] = ()
+    """Parameters of the method that the wrapper relies on."""
+
+    def install(self) -> None:
+        """Wrap the method, once."""
+        class_name, method_name = self.method.split(".")
+        owner = getattr(import_module(self.module), class_name)
+        if getattr(owner.__dict__[method_name], "_self_parade_seam", False):
+            return
+        wrapper_module, wrapper_name = self.wrapper.split(":")
+        wrapper = getattr(import_module(wrapper_module), wrapper_name)
+        proxy = wrapt.wrap_function_wrapper(self.module, self.method, wrapper)
+        proxy._self_parade_seam = True
+
+
+KEYWORD_SEAMS = (
+    Seam("vllm.engine.arg_utils", "EngineArgs.__init__", f"{FRONTEND}.arguments:accept_keywords"),
+    Seam("vllm.engine.arg_utils", "AsyncEngineArgs.__init__", f"{FRONTEND}.arguments:accept_keywords"),
+)
+SEAMS = (
+    *KEYWORD_SEAMS,
+    Seam("vllm.engine.arg_utils", "EngineArgs.add_cli_args", f"{FRONTEND}.arguments:add_flags", ("parser",)),
+    Seam("vllm.engine.arg_utils", "EngineArgs.create_engine_config", f"{FRONTEND}.startup:create_engine_config"),
+    Seam("vllm.entrypoints.llm", "LLM.generate", f"{FRONTEND}.offline:generate", ("lora_request",)),
+    Seam("vllm.entrypoints.llm", "LLM.enqueue", f"{FRONTEND}.offline:generate", ("lora_request",)),
+    Seam("vllm.entrypoints.llm", "LLM.chat", f"{FRONTEND}.offline:generate", ("lora_request",)),
+    Seam(
+        "vllm.entrypoints.generate.beam_search.offline",
+        "BeamSearchOfflineMixin.beam_search",
+        f"{FRONTEND}.offline:beam_search",
+        ("prompts", "lora_request"),
+    ),
+    Seam(
+        "vllm.entrypoints.generate.beam_search.online",
+        "BeamSearchOnlineMixin.beam_search",
+        f"{FRONTEND}.models:beam_search",
+        ("lora_request",),
+    ),
+    Seam(
+        "vllm.entrypoints.openai.models.serving",
+        "OpenAIServingModels.init_static_loras",
+        f"{FRONTEND}.models:init_static_loras",
+    ),
+    Seam("vllm.v1.engine.llm_engine", "LLMEngine.add_request", f"{FRONTEND}.adapters:add_request", ("lora_request",)),
+    Seam("vllm.v1.engine.async_llm", "AsyncLLM.add_request", f"{FRONTEND}.adapters:add_request_async", ("lora_request",)),
+    Seam(
+        "vllm.v1.engine.input_processor",
+        "InputProcessor.process_inputs",
+        f"{FRONTEND}.inputs:process_inputs",
+        ("params", "lora_request", "resumable"),
+    ),
+)
+
+
+def install_keyword_seams() -> None:
+    """Make `EngineArgs` accept PARADE's keywords, now or as soon as vLLM's module is imported."""
+
+    def install(_: Any) -> None:
+        for seam in KEYWORD_SEAMS:
+            seam.install()
+
+    wrapt.register_post_import_hook(install, "vllm.engine.arg_utils")
+
+
+def register() -> None:
+    """Entry point of `vllm.general_plugins`: called in every process of vLLM, possibly more than once."""
+    from vllm.logger import init_logger
+
+    version = compat.installed_version()
+    if not compat.is_supported(version):
+        init_logger("vllm.parade").error(compat.unsupported_message(version))
+        return
+    for seam in SEAMS:
+        seam.install()

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The value that travels: which adapter a request wants, and the plan of a step that the scheduler sends to the workers."""
+
+from dataclasses import dataclass, field, replace
+
+# Key of a PARADE request in SamplingParams.extra_args, and name of the plan on SchedulerOutput.
+EXTRA_ARGS_KEY = "parade"
+PLAN_ATTRIBUTE = "parade_plan"
+# The row of ones, by which requests of the base model and padding are scaled.
+IDENTITY_ROW = 0
+
+
+@dataclass
+class ParadeRequest:
+    """An adapter to apply to a request, as `LoRARequest` is for LoRA.
+
+    An adapter is read when its name and path are first used; it stays as it was read. To serve changed weights, give a
+    new name or a new path.
+    """
+
+    parade_name: str
+    """Name the adapter is known by."""
+    parade_path: str
+    """Folder with adapter_config.json and adapter_model.safetensors."""
+    instruction_tokens: int | None = None
+    """Tokens of the prompt, from its start, that the generators read; None means the whole prompt."""
+    base_model_name: str | None = None
+    """Parent shown in /v1/models."""
+    freeze_instruction: bool = field(default=False, repr=False)
+    """Whether the first prompt seen fixes `instruction_tokens` (beam search sends its own tokens back as prompt)."""
+
+    def __post_init__(self) -> None:
+        if not self.parade_name:
+            raise ValueError("parade_name is empty; give the adapter a name")
+        if not self.parade_path:
+            raise ValueError(f"parade_path of {self.parade_name!r} is empty; give the adapter's folder")
+        self.parade_path = str(self.parade_path)
+        tokens = self.instruction_tokens
+        if tokens is not None and (not isinstance(tokens, int) or tokens < 1):
+            raise ValueError(f"instruction_tokens is {tokens!r}; expected a positive whole number or None")
+
+    def for_beam_search(self) -> "ParadeRequest":
+        """A copy for one prompt of a beam search, whose later steps keep the first step's instruction."""
+        return replace(self, freeze_instruction=True)
+
+    # vLLM's front end carries this object where a LoRARequest would travel and reads these names.
+    @property
+    def lora_name(self) -> str:
+        """Name under which vLLM's front end lists the adapter."""
+        return self.parade_name
+
+    @property
+    def lora_path(self) -> str:
+        """Folder of the adapter."""
+        return self.parade_path
+
+    @property
+    def path(self) -> str:
+        """Folder of the adapter."""
+        return self.parade_path
+
+    @property
+    def name(self) -> str:
+        """Name of the adapter."""
+        return self.parade_name
+
+    @property
+    def lora_int_id(self) -> int:
+        """Never 0, which vLLM reads as "no adapter"."""
+        return 1
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """What a generator must do for a request: read the first `tokens` of its prompt under `adapter`."""
+
+    adapter: str
+    """Content hash of the adapter."""
+    tokens: int
+
+    def to_extra_args(self) -> dict[str, str | int]:
+        """The form that crosses from front end to engine core (msgpack carries no classes)."""
+        return {"adapter": self.adapter, "tokens": self.tokens}
+
+    @classmethod
+    def from_extra_args(cls, extra_args: dict | None) -> "Instruction | None":
+        """Read a request's `SamplingParams.extra_args`; None for a request of the base model."""
+        values = (extra_args or {}).get(EXTRA_ARGS_KEY)
+        return None if values is None else cls(adapter=values["adapter"], tokens=values["tokens"])
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What the scheduler tells the workers about one step."""
+
+    rows: dict[str, int]
+    """Row of every scheduled PARADE request, by request id."""
+    instructions: dict[str, Instruction]
+    """Requests whose instruction passes in this step, so that their row must be generated."""
+
+
+EMPTY_PLAN = StepPlan(rows={}, instructions={})

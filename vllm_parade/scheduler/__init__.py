@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Vector rows, and the rule that an instruction passes whole."""
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from vllm_parade.scheduler.rows import RowPool
+from vllm_parade.scheduler.scheduler import ParadeSchedulerMixin
+
+__all__ = ["ParadeAsyncScheduler", "ParadeScheduler", "ParadeSchedulerMixin", "RowPool"]
+
+
+class ParadeScheduler(ParadeSchedulerMixin, Scheduler):
+    """vLLM's scheduler with vector rows."""
+
+
+class ParadeAsyncScheduler(ParadeSchedulerMixin, AsyncScheduler):
+    """vLLM's asynchronous scheduler, which plans a step before the one before it has run, with vector rows."""

@@ -1,0 +1,1 @@
+"""Training PARADE adapters on Hugging Face models. Nothing in here imports vLLM."""

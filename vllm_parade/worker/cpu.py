@@ -1,0 +1,10 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The worker class for CPUs."""
+
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from vllm_parade.worker.runner import ParadeWorkerMixin
+
+
+class ParadeCPUWorker(ParadeWorkerMixin, CPUWorker):
+    """vLLM's CPU worker with PARADE adapters."""

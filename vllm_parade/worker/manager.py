@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The worker's PARADE manager, beside vLLM's LoRA manager: adapters, vector tables and the metadata of a step."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from vllm_parade.adapter import AdapterError, BaseModelShape, load_adapter
+from vllm_parade.config import ServingConfig
+from vllm_parade.layers import BatchMetadata, GeneratorJob, adjust_model
+from vllm_parade.request import IDENTITY_ROW, StepPlan
+
+from vllm_parade.worker.slots import AdapterSlots
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+class ParadeManager:
+    """One per worker; knows nothing of the model runner that it serves."""
+
+    def __init__(self, vllm_config: "VllmConfig", model: nn.Module, device: torch.device) -> None:
+        self.config = ServingConfig.from_vllm_config(vllm_config)
+        self.shape = BaseModelShape.from_hf_config(vllm_config.model_config.hf_text_config)
+        self.batch = BatchMetadata.make(vllm_config.scheduler_config.max_num_batched_tokens, device)
+        layers = adjust_model(
+            model,
+            sites=self.config.sites,
+            num_rows=vllm_config.scheduler_config.max_num_seqs + 1,
+            batch=self.batch,
+            forward_context=vllm_config.compilation_config.static_forward_context,
+            device=device,
+            dtype=vllm_config.model_config.dtype,
+        )
+        self.slots = AdapterSlots(layers, self.shape, self.config.max_parades)
+
+    def add_adapter(self, path: str, evicted: Sequence[str]) -> dict[str, Any]:
+        """Read an adapter into host memory, then forget others.
+
+        Returns:
+            {"ok": True, "content_hash": ...} or {"ok": False, "error": ...}: an exception on one rank alone would leave
+            the other ranks' replies unread.
+        """
+        try:
+            adapter = load_adapter(
+                path, self.shape, max_rank=self.config.max_parade_rank, sites=self.config.sites
+            )
+        except (AdapterError, OSError) as error:
+            return {"ok": False, "error": str(error)}
+        self.slots.add(adapter)
+        for content_hash in evicted:
+            if content_hash != adapter.content_hash:
+                self.slots.remove(content_hash)
+        return {"ok": True, "content_hash": adapter.content_hash}
+
+    def prepare(self, plan: StepPlan, request_ids: Sequence[str], num_tokens: Mapping[str, int]) -> None:
+        """Fill the batch metadata for a step.
+
+        Args:
+            request_ids: requests in batch order
+            num_tokens: tokens of each request in this step
+        """
+        jobs, start = [], 0
+        for request_id in request_ids:
+            instruction = plan.instructions.get(request_id)
+            if instruction is not None:
+                stop = start + instruction.tokens
+                jobs.append(GeneratorJob(instruction.adapter, plan.rows[request_id], start, stop))
+            start += num_tokens[request_id]
+        self.slots.activate({job.adapter for job in jobs})
+        rows = [plan.rows.get(request_id, IDENTITY_ROW) for request_id in request_ids]
+        self.batch.prepare(rows, [num_tokens[request_id] for request_id in request_ids], jobs)

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What PARADE adds to vLLM's model runner V1 and to its workers."""
+
+from typing import TYPE_CHECKING, Any
+
+from vllm_parade.request import PLAN_ATTRIBUTE
+from vllm_parade.worker.manager import ParadeManager
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+    from vllm.v1.worker.gpu_worker import Worker
+
+    RunnerBase = GPUModelRunner
+    WorkerBase = Worker
+else:
+    RunnerBase = WorkerBase = object
+
+
+class ParadeModelRunnerMixin(RunnerBase):
+    """Mixed into the class of the worker's model runner."""
+
+    parade: ParadeManager
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """Load the model, then give its layers their vector tables: before profiling measures memory."""
+        super().load_model(*args, **kwargs)
+        self.parade = ParadeManager(self.vllm_config, self.get_model(), self.device)
+
+    def _prepare_inputs(self, scheduler_output: "SchedulerOutput", *args: Any, **kwargs: Any) -> Any:
+        # After this step's requests have entered the batch and taken their order, before the forward pass.
+        prepared = super()._prepare_inputs(scheduler_output, *args, **kwargs)
+        plan = getattr(scheduler_output, PLAN_ATTRIBUTE)
+        self.parade.prepare(plan, self.input_batch.req_ids, scheduler_output.num_scheduled_tokens)
+        return prepared
+
+    def _dummy_run(self, *args: Any, **kwargs: Any) -> Any:
+        self.parade.batch.clear()
+        return super()._dummy_run(*args, **kwargs)
+
+
+class ParadeWorkerMixin(WorkerBase):
+    """Mixed into vLLM's workers."""
+
+    def init_device(self) -> None:
+        """Make the device ready, and the model runner that vLLM chose a PARADE one."""
+        super().init_device()
+        runner_class = type(self.model_runner)
+        self.model_runner.__class__ = type(f"Parade{runner_class.__name__}", (ParadeModelRunnerMixin, runner_class), {})
+
+    def parade_add(self, path: str, evicted: list[str]) -> dict[str, Any]:
+        """Remote call: read an adapter; see ParadeManager.add_adapter."""
+        return self.model_runner.parade.add_adapter(path, evicted)

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters in host memory, and the few that hold a slot on the device."""
+
+from collections import OrderedDict
+from collections.abc import Collection, Sequence
+
+from vllm_parade.adapter import Adapter, BaseModelShape
+from vllm_parade.layers import ParadeLayer
+
+
+class AdapterSlots:
+    """Two tiers, both keyed by content hash: host memory, filled by request, and slots on the device, an LRU cache."""
+
+    def __init__(self, layers: Sequence[ParadeLayer], shape: BaseModelShape, num_slots: int) -> None:
+        self.layers = layers
+        self.shape = shape
+        self.num_slots = num_slots
+        self.host: dict[str, Adapter] = {}
+        self.device: OrderedDict[str, None] = OrderedDict()
+
+    def add(self, adapter: Adapter) -> None:
+        """Hold an adapter in host memory."""
+        self.host[adapter.content_hash] = adapter
+
+    def remove(self, content_hash: str) -> None:
+        """Forget an adapter."""
+        self.host.pop(content_hash, None)
+        if content_hash in self.device:
+            self._deactivate(content_hash)
+
+    def activate(self, content_hashes: Collection[str]) -> None:
+        """Give all these adapters a slot, together, taking the least recently used ones of others.
+
+        Raises:
+            KeyError: an adapter is not in host memory. The front end loads adapters before their first request.
+        """
+        assert len(content_hashes) <= self.num_slots, f"{len(content_hashes)} adapters for {self.num_slots} slots"
+        for content_hash in content_hashes:
+            if content_hash in self.device:
+                self.device.move_to_end(content_hash)
+        for content_hash in content_hashes:
+            if content_hash not in self.device:
+                self._activate(self.host[content_hash])
+
+    def _activate(self, adapter: Adapter) -> None:
+        if len(self.device) == self.num_slots:
+            self._deactivate(next(iter(self.device)))
+        for layer in self.layers:
+            layer.activate(adapter, self.shape)
+        self.device[adapter.content_hash] = None
+
+    def _deactivate(self, content_hash: str) -> None:
+        for layer in self.layers:
+            layer.deactivate(content_hash)
+        del self.device[content_hash]
