@@ -20,13 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from base_model import MODEL_NAME, base_model
 from openai import AsyncOpenAI, OpenAIError
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from base_model import MODEL_NAME, base_model
 from vllm_parade.train.templates import e2e_prompt, sst2_prompt
 
 ADAPTERS = Path(__file__).resolve().parent / "adapters"

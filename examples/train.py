@@ -131,8 +131,8 @@ Trained by `examples/train.py` of vllm-parade. It answers well only to the wordi
 `vllm_parade.train.templates.{task.name}_prompt` as the only user message.
 
 ## Measured
-{task.metric_name}, in per cent; the adapter as saved (bfloat16) and loaded again, the base model in {args.dtype}, both with
-Transformers. {ways}
+{task.metric_name}, in per cent; the adapter as saved (bfloat16) and loaded again, the base model in {args.dtype},
+both with Transformers. {ways}
 
 | split | examples | way | base model | adapter |
 | --- | --- | --- | --- | --- |

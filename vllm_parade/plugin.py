@@ -71,7 +71,9 @@ SEAMS = (
         f"{FRONTEND}.models:init_static_loras",
     ),
     Seam("vllm.v1.engine.llm_engine", "LLMEngine.add_request", f"{FRONTEND}.adapters:add_request", ("lora_request",)),
-    Seam("vllm.v1.engine.async_llm", "AsyncLLM.add_request", f"{FRONTEND}.adapters:add_request_async", ("lora_request",)),
+    Seam(
+        "vllm.v1.engine.async_llm", "AsyncLLM.add_request", f"{FRONTEND}.adapters:add_request_async", ("lora_request",)
+    ),
     Seam(
         "vllm.v1.engine.input_processor",
         "InputProcessor.process_inputs",

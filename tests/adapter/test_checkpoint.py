@@ -241,7 +241,10 @@ class TestRefusedWeights:
         try:
             load_adapter(folder.path)
         except AdapterError as error:
-            assert str(folder.weights_file) in str(error)
+            message = str(error)
+        else:
+            return
+        assert str(folder.weights_file) in message
 
     def test_dtype_that_pytorch_does_not_know(self, folder):
         header = json.dumps({"a": {"dtype": "F8_E8M0", "shape": [1], "data_offsets": [0, 1]}}).encode()
@@ -254,76 +257,13 @@ class TestRefusedWeights:
         refuses(folder, f"{folder.weights_file}: no such file", f"{name} is not read", "only safetensors", "no pickle")
 
 
-class TestRefusedFolder:
-    def test_missing(self, tmp_path):
-        with pytest.raises(AdapterError, match="no such folder; expected a folder that holds adapter_config.json"):
-            load_adapter(tmp_path / "absent")
-
-    @pytest.mark.parametrize("path", ["\0", "a" * 5000])
-    def test_path_that_cannot_be(self, path):
-        with pytest.raises(AdapterError, match=r"no such folder|cannot be read"):
-            load_adapter(path)
-
-    def test_a_file(self, folder):
-        with pytest.raises(AdapterError, match="adapter_config.json: is a file; expected a folder"):
-            load_adapter(folder.config_file)
-
-    @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
-    def test_file_missing(self, folder, name):
-        (folder.path / name).unlink()
-        refuses(folder, f"{folder.path / name}: no such file; expected adapter_config.json and")
-
-    @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
-    def test_folder_or_pipe_in_a_files_place(self, folder, name):
-        file = folder.path / name
-        file.unlink()
-        file.mkdir()
-        refuses(folder, f"{file}: no regular file; expected one")
-        file.rmdir()
-        os.mkfifo(file)
-        refuses(folder, f"{file}: no regular file; expected one")
-
-    @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
-    @pytest.mark.parametrize("exists", [True, False])
-    @pytest.mark.parametrize("relative", [True, False])
-    def test_link_that_leaves_the_folder(self, folder, tmp_path, name, exists, relative):
-        file, outside = folder.path / name, tmp_path / "outside"
-        file.rename(outside)
-        if not exists:
-            outside.unlink()
-        file.symlink_to("../outside" if relative else outside)
-        refuses(folder, f"{file}: a link to {outside}, outside the adapter's folder", "copy the file there")
-
-    def test_link_to_a_sibling_with_the_same_beginning(self, folder):
-        other = folder.path.with_name(folder.path.name + "-other")
-        shutil.copytree(folder.path, other)
-        folder.weights_file.unlink()
-        folder.weights_file.symlink_to(other / folder.weights_file.name)
-        refuses(folder, f"{folder.weights_file}: a link to")
-
-    def test_link_loop(self, folder):
-        folder.weights_file.unlink()
-        folder.weights_file.symlink_to(folder.weights_file.name)
-        refuses(folder, folder.weights_file)
-
-    @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-    def test_unreadable_file(self, folder):
-        folder.weights_file.chmod(0)
-        refuses(folder, f"{folder.weights_file}: cannot be read")
-
-    def test_link_within_the_folder_and_link_to_the_folder_are_fine(self, folder, tmp_path):
-        before = load_adapter(folder.path).content_hash
-        folder.weights_file.rename(folder.path / "weights")
-        folder.weights_file.symlink_to("weights")
-        (tmp_path / "link").symlink_to(folder.path)
-        assert load_adapter(tmp_path / "link").content_hash == before
-
-
 def test_public_names_are_sorted_and_exist():
     assert all(hasattr(vllm_parade.adapter, name) for name in vllm_parade.adapter.__all__)
 
 
 def test_loads_without_vllm_triton_and_transformers():
-    program = "import sys, vllm_parade.adapter; print([m for m in ('vllm', 'triton', 'transformers') if m in sys.modules])"
+    program = (
+        "import sys, vllm_parade.adapter; print([m for m in ('vllm', 'triton', 'transformers') if m in sys.modules])"
+    )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"

@@ -133,7 +133,9 @@ def test_site_that_is_not_served(folder, any_shape):
 
 def test_site_that_the_base_model_lacks(folder):
     message = refusal_of(folder, BaseModelShape(8, 3, {"q": 8, "k": 4, "v": 4}))
-    assert f"{folder.config_file}: sites names 'up'; expected a list out of q, k, v, which the base model has" in message
+    assert (
+        f"{folder.config_file}: sites names 'up'; expected a list out of q, k, v, which the base model has" in message
+    )
 
 
 def test_layers_to_transform_beyond_the_base_model(folder, shape):

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -190,14 +191,16 @@ def test_low_precision_stays_near_float64(pooler, dtype, tolerance):
     assert (vectors.double() - expected).abs().max() <= tolerance * expected.abs().max()
 
 
-def test_pooling_is_float32_in_a_bfloat16_model():
-    """Large logits tell: bfloat16 would merge 256.5 with 256."""
-    projected = torch.tensor([[[256.0, 1.0], [256.5, -1.0]]])
-    query, weight = torch.tensor([[1.0, 0.0]]), torch.tensor([[[0.0, 0.0], [0.0, 1.0]]])
-    mask = torch.ones(1, 2, dtype=torch.bool)
-    expected = pool(projected, mask, pooler="attentional_capsule", query=query, weight=weight)
-    # A hidden state of [256, 0.5, 1] keeps its parts apart in bfloat16; only the sum in H' needs more digits.
-    assert expected[0, 1] < 0
+@pytest.mark.parametrize("pooler", ["attentional_capsule", "dynamic_routing"])
+def test_only_the_projections_are_bfloat16_in_a_bfloat16_model(pooler):
+    hidden, mask, weights = make_inputs(dtype=torch.bfloat16)
+    vectors = generate(hidden, mask, **weights, pooler=pooler, activation="gelu")
+    projected = F.linear(hidden, weights["down"]).float()
+    pooled = pool(projected, mask, pooler=pooler, query=weights["query"].float(), weight=weights["weight"].float())
+    expected = F.linear(F.gelu(pooled).bfloat16(), weights["up"], weights["bias"])
+    torch.testing.assert_close(vectors, expected, rtol=0, atol=0)
+    coarse = generate(hidden, mask, **weights, pooler=pooler, activation="gelu", pooling_dtype=torch.bfloat16)
+    assert not torch.equal(coarse, vectors)
 
 
 @pytest.mark.parametrize("pooler", POOLERS)

@@ -44,23 +44,26 @@ def check_config(
     """
     if max_rank is not None and config.r > max_rank:
         raise AdapterError(f"r is {config.r}; expected at most {max_rank}: raise --max-parade-rank to serve it")
+    _check_sites(config, shape, sites)
+    if shape is None or config.layers_to_transform is None:
+        return
+    last = shape.num_layers - 1
+    if config.layers_to_transform[-1] > last:
+        beyond = next(layer for layer in config.layers_to_transform if layer > last)
+        raise AdapterError(f"layers_to_transform names layer {beyond}; expected 0 to {last}, the base model's layers")
+
+
+def _check_sites(config: AdapterConfig, shape: BaseModelShape | None, sites: Sequence[str] | None) -> None:
     for site in config.sites:
         if sites is not None and site not in sites:
+            served = ", ".join(sites)
             raise AdapterError(
-                f"sites names {site!r}; expected a list out of {', '.join(sites)}, which this server serves: "
+                f"sites names {site!r}; expected a list out of {served}, which this server serves: "
                 f"add {site} to --parade-sites"
             )
         if shape is not None and site not in shape.widths:
             has = ", ".join(shape.widths)
             raise AdapterError(f"sites names {site!r}; expected a list out of {has}, which the base model has")
-    if shape is None:
-        return
-    beyond = [layer for layer in config.layers_to_transform or () if layer >= shape.num_layers]
-    if beyond:
-        raise AdapterError(
-            f"layers_to_transform names layer {beyond[0]}; expected 0 to {shape.num_layers - 1}, "
-            "the base model's layers"
-        )
 
 
 def check_tensors(

@@ -111,7 +111,9 @@ class AdapterRegistry:
                 raise VLLMValidationError(f"adapter {request.parade_name!r}: {answer['error']}")
         hashes = {answer["content_hash"] for answer in answers}
         if len(hashes) != 1:
-            raise VLLMValidationError(f"adapter {request.parade_name!r}: workers read different files in {request.path}")
+            raise VLLMValidationError(
+                f"adapter {request.parade_name!r}: workers read different files in {request.path}"
+            )
         for key in evicted:
             del self._hashes[key]
         self._hashes[_key(request)] = hashes.pop()

@@ -31,7 +31,11 @@ class _FoldKnob(argparse.Action):
     """Store a flag's value in `additional_config["parade"]`."""
 
     def __call__(
-        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
     ) -> None:
         value = True if self.nargs == 0 else values
         _fold(namespace, {self.dest: value, COMMAND_LINE: True})
@@ -46,7 +50,11 @@ class _MergeAdditionalConfig(argparse.Action):
     """Let `--additional-config`, wherever it stands, keep what PARADE's flags have folded in."""
 
     def __call__(
-        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
     ) -> None:
         folded = (getattr(namespace, "additional_config", None) or {}).get(CONFIG_KEY)
         namespace.additional_config = dict(values)

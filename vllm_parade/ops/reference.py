@@ -120,7 +120,8 @@ def generate(
     Returns:
         [batch, d_out] in the dtype of `hidden`
     """
-    # Positions outside the instruction may hold anything, NaN included; a weight of zero would not silence that.
+    # In a forward pass positions outside the instruction may hold anything, NaN included, which a weight of zero
+    # would not silence.
     projected = F.linear(hidden, down).to(pooling_dtype).masked_fill(~mask[..., None], 0)
     cast = {"query": query, "weight": weight}
     pooled = pool(

@@ -83,7 +83,7 @@ def mean_loss(model: ParadeModel, pairs: Sequence[Encoded], pad_id: int, batch_s
 
 def answer(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int, batch_size: int = 256) -> list[str]:
     """Greedy answers of a `ParadeModel` or a bare Hugging Face model, in the order of `prompts`."""
-    answers = {}
+    answers: dict[int, str] = {}
     for indices, batch in _prompt_batches(model, tokenizer, prompts, batch_size):
         output = _generate(model, tokenizer, batch, max_new_tokens=max_new_tokens)
         texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -98,7 +98,7 @@ def choose(
     first = [tokenizer(choice, add_special_tokens=False)["input_ids"][0] for choice in choices]
     if len(set(first)) < len(first):
         raise ValueError(f"choices {', '.join(choices)} begin with the same token; the first token tells nothing")
-    chosen = {}
+    chosen: dict[int, int] = {}
     for indices, batch in _prompt_batches(model, tokenizer, prompts, batch_size):
         kwargs = {"max_new_tokens": 1, "output_logits": True, "return_dict_in_generate": True}
         best = _generate(model, tokenizer, batch, **kwargs).logits[0][:, first].argmax(dim=1)

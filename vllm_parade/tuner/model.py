@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -97,7 +97,7 @@ class ParadeModel(nn.Module):
     def save_pretrained(self, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
         """Write the adapter, its tensors in `dtype`, as a folder that `from_pretrained` and the server read."""
         with torch.no_grad():
-            generators = {int(index): g.weights().to("cpu", dtype) for index, g in self.generators.items()}
+            generators = {index: self._weights(index).to("cpu", dtype) for index in map(int, self.generators)}
         save_adapter(path, self.config, generators)
 
     def forward(
@@ -136,7 +136,7 @@ class ParadeModel(nn.Module):
             # Else Transformers would guess it from padding tokens, and the two masks could differ.
             attention_mask = torch.ones_like(input_ids)
         with self._instruction(input_ids, attention_mask, instruction_mask):
-            return self.base_model.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+            return cast(Any, self.base_model).generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
     def unload(self) -> nn.Module:
         """Take the adapter off and return the base model as it was given."""
@@ -145,6 +145,9 @@ class ParadeModel(nn.Module):
         for parameter in self._frozen:
             parameter.requires_grad_(True)
         return self.base_model
+
+    def _weights(self, index: int) -> GeneratorWeights:
+        return cast(Generator, self.generators[str(index)]).weights()
 
     @contextmanager
     def _instruction(self, input_ids: Tensor, *masks: Tensor | None) -> Iterator[None]:
@@ -180,7 +183,7 @@ class ParadeModel(nn.Module):
         # Beam search and several sequences a prompt repeat each row.
         mask = self._mask.to(hidden.device).repeat_interleave(len(hidden) // len(self._mask), dim=0)
         # Rounded as the server rounds them: what is trained is what is served.
-        weights = self.generators[str(index)].weights().to(hidden.device, hidden.dtype)
+        weights = self._weights(index).to(hidden.device, hidden.dtype)
         vectors = generate(
             hidden,
             mask,

@@ -44,9 +44,7 @@ class ParadeManager:
             the other ranks' replies unread.
         """
         try:
-            adapter = load_adapter(
-                path, self.shape, max_rank=self.config.max_parade_rank, sites=self.config.sites
-            )
+            adapter = load_adapter(path, self.shape, max_rank=self.config.max_parade_rank, sites=self.config.sites)
         except (AdapterError, OSError) as error:
             return {"ok": False, "error": str(error)}
         self.slots.add(adapter)

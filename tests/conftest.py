@@ -1,0 +1,81 @@
+"""What the tests share: the real small model, a tiny random one, adapters for them and the oracle."""
+
+import os
+from pathlib import Path
+
+# Before vLLM is imported: engine core and worker stay in this process, where tests can look at them.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+from base_model import base_model
+
+from tests.adapters import VARIANTS, make_adapter
+from tests.oracle import Oracle
+from vllm_parade import ParadeRequest
+from vllm_parade.adapter import BaseModelShape
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def smollm() -> str:
+    """Folder of SmolLM2-135M-Instruct."""
+    return str(base_model())
+
+
+@pytest.fixture(scope="session")
+def smollm_shape(smollm: str) -> BaseModelShape:
+    from transformers import AutoConfig
+
+    return BaseModelShape.from_hf_config(AutoConfig.from_pretrained(smollm))
+
+
+@pytest.fixture(scope="session")
+def oracle(smollm: str) -> Oracle:
+    return Oracle(smollm)
+
+
+@pytest.fixture(scope="session")
+def trained() -> dict[str, ParadeRequest]:
+    """The two adapters that the project ships, by name."""
+    return {name: ParadeRequest(name, str(ROOT / "examples/adapters" / name)) for name in ("sst2", "e2e")}
+
+
+@pytest.fixture(scope="session")
+def variants(tmp_path_factory: pytest.TempPathFactory, smollm_shape: BaseModelShape) -> dict[str, ParadeRequest]:
+    """Random strong adapters of every kind for SmolLM2, by name."""
+    folder = tmp_path_factory.mktemp("variants")
+    return {
+        name: make_adapter(folder / name, smollm_shape, seed, **config)
+        for seed, (name, config) in enumerate(VARIANTS.items())
+    }
+
+
+def _tiny_llama(folder: Path, kv_heads: int) -> str:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=192,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=kv_heads,
+        head_dim=32,
+        max_position_embeddings=1024,
+        initializer_range=0.15,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session", params=[2, 1], ids=["kv2", "kv1"])
+def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a random LLaMA of three layers whose heads can be split over two ranks; without a tokenizer."""
+    return _tiny_llama(tmp_path_factory.mktemp("tiny") / f"kv{request.param}", request.param)

@@ -1,0 +1,129 @@
+"""vLLM gives what the float32 oracle gives, whatever shares the batch."""
+
+from collections.abc import Iterator
+from itertools import cycle
+from typing import Any
+
+import pytest
+
+from tests.adapters import make_adapter
+from tests.engines import engine, greedy, manager, prompts
+from tests.oracle import Oracle
+from vllm_parade import ParadeRequest
+from vllm_parade.adapter import SITES, BaseModelShape
+
+pytestmark = pytest.mark.engine
+
+LENGTHS = [1, 2, 3, 5, 8, 13, 15, 16, 17, 21, 31, 32, 33, 34, 47, 48, 49, 55, 63, 64, 65, 77, 89, 100]
+LONG = [111, 127, 128, 129, 144, 150, 160, 175, 191, 192, 200, 233, 255, 256, 257, 280, 300, 333, 377, 400, 512, 513]
+ALL = [*LENGTHS, *LONG, 610, 700]
+
+
+@pytest.fixture(scope="module")
+def llm(smollm: str) -> Iterator[Any]:
+    with engine(smollm, enable_parade=True, parade_sites=SITES, max_parades=8, max_cpu_parades=96) as llm:
+        yield llm
+
+
+def shuffled(values: list[Any]) -> list[Any]:
+    """A fixed order that mixes long and short."""
+    return values[::2][::-1] + values[1::2]
+
+
+def test_trained_and_strong_adapters_and_base_in_one_batch(
+    llm: Any, oracle: Oracle, trained: dict[str, ParadeRequest], variants: dict[str, ParadeRequest]
+) -> None:
+    assert len(ALL) >= 48
+    kinds = cycle([None, trained["sst2"], variants["strong"], trained["e2e"], variants["strong2"]])
+    requests = [next(kinds) for _ in ALL]
+    outputs = llm.generate(prompts(shuffled(ALL)), greedy(), parade_request=requests, use_tqdm=False)
+    oracle.check(outputs, requests)
+
+
+def test_every_kind_of_adapter_in_one_batch(llm: Any, oracle: Oracle, variants: dict[str, ParadeRequest]) -> None:
+    kinds = cycle([*variants.values(), None])
+    lengths = LENGTHS[1::2] + LONG[::4]
+    requests = [next(kinds) for _ in lengths]
+    outputs = llm.generate(prompts(lengths, seed=1), greedy(), parade_request=requests, use_tqdm=False)
+    oracle.check(outputs, requests)
+
+
+def test_same_prompt_and_common_prefixes_under_prefix_caching(
+    llm: Any, oracle: Oracle, variants: dict[str, ParadeRequest]
+) -> None:
+    assert llm.llm_engine.vllm_config.cache_config.enable_prefix_caching
+    whole = prompts([200], seed=2)[0]["prompt_token_ids"]
+    asked = [{"prompt_token_ids": whole[:n]} for n in (200, 200, 200, 150, 150, 96, 96, 200)]
+    a, b = variants["strong"], variants["routing"]
+    requests = [None, a, b, a, None, b, a, a]
+    for _ in range(2):
+        outputs = llm.generate(asked, greedy(), parade_request=requests, use_tqdm=False)
+        oracle.check(outputs, requests)
+    # The base model's prompt was cached by the first round; under an adapter nothing is shared.
+    assert outputs[0].num_cached_tokens > 0
+    assert [output.num_cached_tokens for output, request in zip(outputs, requests, strict=True) if request] == [0] * 6
+
+
+def test_sixty_four_adapters_through_few_slots(
+    llm: Any, oracle: Oracle, smollm_shape: BaseModelShape, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("many")
+    layers = (0, 5, 29)
+    requests = [make_adapter(folder / f"t{i}", smollm_shape, 100 + i, layers_to_transform=layers) for i in range(64)]
+    outputs = llm.generate(prompts([20] * 64, seed=3), greedy(4), parade_request=requests, use_tqdm=False)
+    oracle.check(outputs, requests)
+    assert len(manager(llm).slots.device) == 8
+    assert len(manager(llm).slots.host) >= 64
+    # Back in another order: their slots were taken in between.
+    again = requests[::-7]
+    oracle.check(
+        llm.generate(prompts([9] * len(again), seed=4), greedy(4), parade_request=again, use_tqdm=False), again
+    )
+
+
+def test_instruction_shorter_than_the_prompt(llm: Any, oracle: Oracle, variants: dict[str, ParadeRequest]) -> None:
+    request = ParadeRequest("strong", variants["strong"].path, instruction_tokens=11)
+    outputs = llm.generate(prompts([40], seed=5), greedy(), parade_request=request, use_tqdm=False)
+    oracle.check(outputs, [request])
+
+
+def test_several_answers_to_one_prompt(llm: Any, oracle: Oracle, variants: dict[str, ParadeRequest]) -> None:
+    from vllm import SamplingParams
+
+    params = SamplingParams(n=3, temperature=0.8, seed=7, max_tokens=6, ignore_eos=True)
+    (output,) = llm.generate(prompts([50], seed=6), params, parade_request=variants["strong"], use_tqdm=False)
+    assert len({tuple(completion.token_ids) for completion in output.outputs}) > 1
+    alone = llm.generate(prompts([50], seed=6), greedy(), parade_request=variants["strong"], use_tqdm=False)
+    oracle.check(alone, [variants["strong"]])
+
+
+def test_fresh_adapter_changes_nothing(llm: Any, smollm_shape: BaseModelShape, tmp_path: Any) -> None:
+    fresh = make_adapter(tmp_path / "fresh", smollm_shape, 0, strength=0.0, sites=SITES)
+    asked = prompts([7, 30, 120], seed=8)
+    base = llm.generate(asked, greedy(), use_tqdm=False)
+    adapted = llm.generate(asked, greedy(), parade_request=fresh, use_tqdm=False)
+    assert [o.outputs[0].logprobs for o in base] == [o.outputs[0].logprobs for o in adapted]
+
+
+def test_base_rows_are_bit_identical_to_an_engine_without_the_plugin(
+    llm: Any, smollm: str, variants: dict[str, ParadeRequest]
+) -> None:
+    asked = prompts([5, 40, 90, 150, 33, 64], seed=9)
+    requests = [None, variants["strong"], None, variants["five"], variants["last"], None]
+    mixed = llm.generate(asked, greedy(), parade_request=requests, use_tqdm=False)
+    unused = llm.generate(prompts([5, 40, 90, 150, 33, 64], seed=10), greedy(), use_tqdm=False)
+    with engine(smollm) as plain:
+        assert not hasattr(plain.llm_engine.vllm_config, "parade_config")
+        base = plain.llm_engine and plain.generate(asked, greedy(), use_tqdm=False)
+        base_unused = plain.generate(prompts([5, 40, 90, 150, 33, 64], seed=10), greedy(), use_tqdm=False)
+    for index, request in enumerate(requests):
+        same = mixed[index].outputs[0].logprobs == base[index].outputs[0].logprobs
+        assert same == (request is None)
+    assert [o.outputs[0].logprobs for o in unused] == [o.outputs[0].logprobs for o in base_unused]
+
+
+def test_chat(llm: Any, oracle: Oracle, trained: dict[str, ParadeRequest]) -> None:
+    messages = [[{"role": "user", "content": text}] for text in ("a gripping movie", "What is 2 + 2?")]
+    requests = [trained["sst2"], None]
+    outputs = llm.chat(messages, greedy(), parade_request=requests, use_tqdm=False)
+    oracle.check(outputs, requests)

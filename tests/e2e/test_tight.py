@@ -1,0 +1,124 @@
+"""Still exact when memory, steps and ranks are short."""
+
+from typing import Any
+
+import pytest
+
+from tests.adapters import make_adapter
+from tests.engines import engine, greedy, prompts, scheduler
+from tests.oracle import Oracle
+from vllm_parade import ParadeRequest
+from vllm_parade.adapter import BaseModelShape
+
+pytestmark = pytest.mark.engine
+
+
+def test_base_prompts_in_chunks_beside_whole_instructions(
+    smollm: str, oracle: Oracle, variants: dict[str, ParadeRequest]
+) -> None:
+    lengths = [300, 128, 90, 128, 200, 40, 5, 128]
+    a, b = variants["strong"], variants["rank8"]
+    requests = [None, a, b, b, None, a, b, a]
+    steps: list[dict[str, int]] = []
+    with engine(smollm, enable_parade=True, max_num_batched_tokens=128, max_num_seqs=8) as llm:
+        record_steps(llm, steps)
+        outputs = llm.generate(prompts(lengths), greedy(), parade_request=requests, use_tqdm=False)
+    oracle.check(outputs, requests)
+    # The base model's prompt of 300 tokens was cut, PARADE's prompts of 128 were not.
+    assert max(step.get("0", 0) for step in steps) < 300
+    for number in (1, 3, 7):
+        assert next(step[str(number)] for step in steps if str(number) in step) == 128
+
+
+def test_preempted_requests_resume_exactly(smollm: str, oracle: Oracle, variants: dict[str, ParadeRequest]) -> None:
+    a, b = variants["strong"], variants["routing"]
+    requests = [a, None, b, a, b, None, a, b]
+    preempted: list[str] = []
+    with engine(
+        smollm,
+        enable_parade=True,
+        num_gpu_blocks_override=30,
+        block_size=16,
+        max_num_batched_tokens=256,
+        max_model_len=256,
+    ) as llm:
+        record_preemptions(llm, preempted)
+        outputs = llm.generate(
+            prompts([40, 50, 60, 30, 45, 55, 35, 48]), greedy(40), parade_request=requests, use_tqdm=False
+        )
+        assert len(scheduler(llm).rows) == 0
+    assert len(preempted) > 0
+    assert any(requests[int(number)] is not None for number in preempted)
+    oracle.check(outputs, requests)
+
+
+def test_reset_of_the_prefix_cache_generates_anew(
+    smollm: str, oracle: Oracle, variants: dict[str, ParadeRequest]
+) -> None:
+    requests = [variants["strong"], None, variants["last"]]
+    with engine(smollm, enable_parade=True) as llm:
+        llm.enqueue(prompts([30, 20, 10]), greedy(12), parade_request=requests, use_tqdm=False)
+        for _ in range(4):
+            llm.llm_engine.step()
+        assert len(scheduler(llm).rows) == 2
+        assert llm.reset_prefix_cache(reset_running_requests=True)
+        assert len(scheduler(llm).rows) == 0
+        outputs = llm.wait_for_completion(use_tqdm=False)
+    oracle.check(outputs, requests)
+
+
+def test_compiled(smollm: str, oracle: Oracle, variants: dict[str, ParadeRequest]) -> None:
+    kinds = [None, variants["strong"], variants["rank8"], variants["last"]]
+    requests = kinds * 3
+    with engine(smollm, enable_parade=True, enforce_eager=False) as llm:
+        assert llm.llm_engine.vllm_config.compilation_config.mode > 0
+        outputs = llm.generate(
+            prompts([1, 3, 9, 17, 33, 40, 64, 80, 100, 128, 200, 256]),
+            greedy(),
+            parade_request=requests,
+            use_tqdm=False,
+        )
+    oracle.check(outputs, requests)
+
+
+def test_two_ranks(tiny: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoConfig
+
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    shape = BaseModelShape.from_hf_config(AutoConfig.from_pretrained(tiny))
+    a = make_adapter(tmp_path / "a", shape, 1)
+    five = make_adapter(tmp_path / "five", shape, 2, sites=("q", "k", "v", "gate", "up"), r=8, num_capsules=2)
+    requests = [None, a, five] * 4
+    lengths = [1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 120, 200]
+    options = {"enable_parade": True, "parade_sites": ["q", "k", "v", "gate", "up"], "max_parades": 1}
+    with engine(tiny, tensor_parallel_size=2, skip_tokenizer_init=True, max_cpu_parades=4, **options) as llm:
+        outputs = llm.generate(
+            prompts(lengths, vocab=512), greedy(detokenize=False), parade_request=requests, use_tqdm=False
+        )
+    Oracle(tiny).check(outputs, requests)
+
+
+def record_steps(llm: Any, steps: list[dict[str, int]]) -> None:
+    """Note the scheduled tokens of every step, by the number of the request."""
+    mine = scheduler(llm)
+    original = mine.schedule
+
+    def schedule(*args: Any, **kwargs: Any) -> Any:
+        output = original(*args, **kwargs)
+        steps.append({name.split("-")[0]: tokens for name, tokens in output.num_scheduled_tokens.items()})
+        return output
+
+    mine.schedule = schedule
+
+
+def record_preemptions(llm: Any, preempted: list[str]) -> None:
+    """Note the numbers of the requests that are preempted."""
+    mine = scheduler(llm)
+    original = mine._preempt_request
+
+    def preempt(request: Any, *args: Any, **kwargs: Any) -> Any:
+        preempted.append(request.request_id.split("-")[0])
+        return original(request, *args, **kwargs)
+
+    mine._preempt_request = preempt

@@ -1,0 +1,59 @@
+"""Real vLLM engines inside the test process: started, used, taken down."""
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+DEFAULTS: dict[str, Any] = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "max_model_len": 1024,
+    "max_num_batched_tokens": 2048,
+    "max_num_seqs": 64,
+    "kv_cache_memory_bytes": 1 << 30,
+    "disable_log_stats": False,
+}
+
+
+@contextmanager
+def engine(model: str, **options: Any) -> Iterator[Any]:
+    """An `LLM`; its engine core and worker live in this process, so that tests can look at them."""
+    import vllm_parade  # noqa: F401  teaches LLM its keywords
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    llm = LLM(model, **{**DEFAULTS, **options})
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def scheduler(llm: Any) -> Any:
+    """The scheduler of an engine in this process."""
+    return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def manager(llm: Any) -> Any:
+    """The PARADE manager of the worker in this process."""
+    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.parade
+
+
+def prompts(lengths: list[int], seed: int = 0, vocab: int = 40_000) -> list[dict[str, list[int]]]:
+    """Random prompts of these lengths, as token ids."""
+    random = torch.Generator().manual_seed(seed)
+    low = min(100, vocab // 2)
+    return [{"prompt_token_ids": torch.randint(low, vocab, (n,), generator=random).tolist()} for n in lengths]
+
+
+def greedy(max_tokens: int = 8, **options: Any) -> Any:
+    """Sampling parameters of a greedy answer of exactly this length, with log-probabilities."""
+    from vllm import SamplingParams
+
+    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, logprobs=1, **options)

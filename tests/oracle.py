@@ -1,0 +1,72 @@
+"""The float32 oracle: what Hugging Face transformers and `vllm_parade.tuner` answer, one request at a time."""
+
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from vllm_parade import ParadeRequest
+from vllm_parade.tuner import ParadeModel
+
+TOLERANCE = 1e-3
+
+
+class Oracle:
+    """Checks engine outputs by running each prompt with its answer through the model once.
+
+    Greedy decoding is right where every answered token is the most likely one after the tokens before it.
+    """
+
+    def __init__(self, model: str) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self.base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+
+    def check(self, outputs: list[Any], requests: list[ParadeRequest | None]) -> None:
+        """Assert that tokens are equal, and log-probabilities within the bound."""
+        assert len(outputs) == len(requests)
+        for request in {id(request): request for request in requests}.values():
+            mine = [output for output, other in zip(outputs, requests, strict=True) if other is request]
+            with self.model(request) as logprobs:
+                wanted = [logprobs(output) for output in mine]
+            for output, (tokens, values) in zip(mine, wanted, strict=True):
+                self._compare(output, request, tokens, values)
+
+    @contextmanager
+    def model(self, request: ParadeRequest | None, pooling_dtype: torch.dtype = torch.float32) -> Any:
+        """A function from an output to the most likely tokens and the log-probabilities of those answered."""
+        model: Any = self.base
+        if request is not None:
+            model = ParadeModel.from_pretrained(self.base, request.path, pooling_dtype=pooling_dtype)
+
+        @torch.no_grad()
+        def logprobs(output: Any) -> tuple[list[int], torch.Tensor]:
+            prompt, answer = output.prompt_token_ids, list(output.outputs[0].token_ids)
+            ids = torch.tensor([prompt + answer[:-1]])
+            options = {}
+            if request is not None:
+                instruction = request.instruction_tokens or len(prompt)
+                options["instruction_mask"] = (torch.arange(ids.shape[1]) < instruction).long()[None]
+            logits = model(input_ids=ids, **options).logits[0, len(prompt) - 1 :]
+            values = logits.log_softmax(-1)
+            return logits.argmax(-1).tolist(), values[torch.arange(len(answer)), torch.tensor(answer)]
+
+        try:
+            yield logprobs
+        finally:
+            if request is not None:
+                model.unload()
+
+    def _compare(self, output: Any, request: ParadeRequest | None, tokens: list[int], values: torch.Tensor) -> None:
+        completion = output.outputs[0]
+        answer = list(completion.token_ids)
+        where = f"{request and request.parade_name}, prompt of {len(output.prompt_token_ids)} tokens"
+        assert answer == tokens, f"{where}: engine {answer}, oracle {tokens}"
+        served = torch.tensor([step[token].logprob for step, token in zip(completion.logprobs, answer, strict=True)])
+        difference = (served - values).abs().max().item()
+        if difference > TOLERANCE and request is not None:
+            with self.model(request, torch.float64) as logprobs:
+                bound = 3 * (logprobs(output)[1] - values).abs().max().item()
+            assert difference <= bound, f"{where}: log-probabilities differ by {difference}, bound {bound}"
+        else:
+            assert difference <= TOLERANCE, f"{where}: log-probabilities differ by {difference}"
