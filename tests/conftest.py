@@ -9,8 +9,8 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
-from base_model import base_model
 
+from base_model import base_model
 from tests.adapters import VARIANTS, make_adapter
 from tests.oracle import Oracle
 from vllm_parade import ParadeRequest

@@ -21,9 +21,10 @@ DEFAULTS: dict[str, Any] = {
 @contextmanager
 def engine(model: str, **options: Any) -> Iterator[Any]:
     """An `LLM`; its engine core and worker live in this process, so that tests can look at them."""
-    import vllm_parade  # noqa: F401  teaches LLM its keywords
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
+
+    import vllm_parade  # noqa: F401  teaches LLM its keywords
 
     llm = LLM(model, **{**DEFAULTS, **options})
     try:

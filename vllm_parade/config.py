@@ -11,8 +11,8 @@ from vllm_parade.adapter.config import DEFAULT_SITES, SITES
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-# Key of the knobs in EngineArgs.additional_config, where flags and keywords are folded; once the engine's config is made
-# only what its compile cache must know stays there.
+# Key of the knobs in EngineArgs.additional_config, where flags and keywords are folded; once the engine's config is
+# made only what its compile cache must know stays there.
 CONFIG_KEY = "parade"
 # Where the engine's config carries the knobs to every process, unseen by vLLM's hashing.
 CONFIG_ATTRIBUTE = "parade_config"

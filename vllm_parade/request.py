@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The value that travels: which adapter a request wants, and the plan of a step that the scheduler sends to the workers."""
+"""The values that travel: which adapter a request wants, and what the scheduler tells the workers about a step."""
 
 from dataclasses import dataclass, field, replace
 

@@ -105,23 +105,6 @@ def test_fresh_adapter_changes_nothing(llm: Any, smollm_shape: BaseModelShape, t
     assert [o.outputs[0].logprobs for o in base] == [o.outputs[0].logprobs for o in adapted]
 
 
-def test_base_rows_are_bit_identical_to_an_engine_without_the_plugin(
-    llm: Any, smollm: str, variants: dict[str, ParadeRequest]
-) -> None:
-    asked = prompts([5, 40, 90, 150, 33, 64], seed=9)
-    requests = [None, variants["strong"], None, variants["five"], variants["last"], None]
-    mixed = llm.generate(asked, greedy(), parade_request=requests, use_tqdm=False)
-    unused = llm.generate(prompts([5, 40, 90, 150, 33, 64], seed=10), greedy(), use_tqdm=False)
-    with engine(smollm) as plain:
-        assert not hasattr(plain.llm_engine.vllm_config, "parade_config")
-        base = plain.llm_engine and plain.generate(asked, greedy(), use_tqdm=False)
-        base_unused = plain.generate(prompts([5, 40, 90, 150, 33, 64], seed=10), greedy(), use_tqdm=False)
-    for index, request in enumerate(requests):
-        same = mixed[index].outputs[0].logprobs == base[index].outputs[0].logprobs
-        assert same == (request is None)
-    assert [o.outputs[0].logprobs for o in unused] == [o.outputs[0].logprobs for o in base_unused]
-
-
 def test_chat(llm: Any, oracle: Oracle, trained: dict[str, ParadeRequest]) -> None:
     messages = [[{"role": "user", "content": text}] for text in ("a gripping movie", "What is 2 + 2?")]
     requests = [trained["sst2"], None]

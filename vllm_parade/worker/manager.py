@@ -11,7 +11,6 @@ from vllm_parade.adapter import AdapterError, BaseModelShape, load_adapter
 from vllm_parade.config import ServingConfig
 from vllm_parade.layers import BatchMetadata, GeneratorJob, adjust_model
 from vllm_parade.request import IDENTITY_ROW, StepPlan
-
 from vllm_parade.worker.slots import AdapterSlots
 
 if TYPE_CHECKING:

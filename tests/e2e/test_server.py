@@ -1,0 +1,217 @@
+"""One real `vllm serve`, asked with the official client; and what the command says when it refuses to start."""
+
+import asyncio
+import json
+from collections.abc import Coroutine, Iterator
+from itertools import cycle
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import openai
+import pytest
+import torch
+
+from tests import servers
+from tests.engines import prompts
+from tests.oracle import TOLERANCE, Oracle
+from vllm_parade import ParadeRequest
+from vllm_parade.train.templates import e2e_prompt, sst2_prompt
+from vllm_parade.tuner import ParadeModel
+
+pytestmark = pytest.mark.engine
+
+BASE = "smollm"
+PARENT = "HuggingFaceTB/SmolLM2-135M-Instruct"
+# Tokens of a step: fewer than the model's length, so that a prompt can be too long for an adapter alone.
+STEP_TOKENS = 256
+PROMPTS = {
+    "sst2": sst2_prompt("a warm and funny film that never talks down to its audience ."),
+    "e2e": e2e_prompt("name[Sea Lantern], eatType[restaurant], priceRange[high], customer rating[5 out of 5]"),
+}
+
+
+@pytest.fixture(scope="module")
+def url(smollm: str, trained: dict[str, ParadeRequest], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    as_json = json.dumps({"name": "e2e", "path": trained["e2e"].path, "base_model_name": PARENT})
+    flags = [
+        *("--served-model-name", BASE, "--dtype", "float32", "--enforce-eager"),
+        *("--max-model-len", "512", "--max-num-batched-tokens", str(STEP_TOKENS), "--max-num-seqs", "32"),
+        *("--enable-parade", "--parade-modules", f"sst2={trained['sst2'].path}", as_json),
+    ]
+    with servers.server(smollm, *flags, log=tmp_path_factory.mktemp("server") / "server.log") as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120) as client:
+        yield client
+
+
+def ask_together(url: str, *questions: dict[str, Any]) -> list[Any]:
+    """Completions of all these, sent at once."""
+
+    async def ask() -> list[Any]:
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120) as client:
+            calls: list[Coroutine[Any, Any, Any]] = [client.completions.create(**question) for question in questions]
+            return await asyncio.gather(*calls)
+
+    return asyncio.run(ask())
+
+
+def question(model: str, prompt: list[int], max_tokens: int = 8, **extra: Any) -> dict[str, Any]:
+    """A greedy completion of exactly this length, with token ids and log-probabilities."""
+    body = {"return_token_ids": True, "ignore_eos": True, **extra}
+    return {
+        "model": model,
+        "prompt": prompt,
+        "max_tokens": max_tokens,
+        "temperature": 0,
+        "logprobs": 1,
+        "extra_body": body,
+    }
+
+
+def as_output(prompt: list[int], answer: list[int], logprobs: list[float]) -> Any:
+    """A choice of the server, in the form that the oracle checks."""
+    steps = [{token: SimpleNamespace(logprob=value)} for token, value in zip(answer, logprobs, strict=True)]
+    return SimpleNamespace(prompt_token_ids=prompt, outputs=[SimpleNamespace(token_ids=answer, logprobs=steps)])
+
+
+def completion_output(choice: Any) -> Any:
+    return as_output(choice.prompt_token_ids, choice.token_ids, choice.logprobs.token_logprobs)
+
+
+def chat(client: openai.OpenAI, model: str, prompt: str, **options: Any) -> Any:
+    messages: Any = [{"role": "user", "content": prompt}]
+    return client.chat.completions.create(
+        model=model, messages=messages, max_tokens=24, temperature=0, **{"extra_body": {}, **options}
+    )
+
+
+def test_both_adapters_and_the_base_model_together(url: str, oracle: Oracle, trained: dict[str, ParadeRequest]) -> None:
+    models = cycle([BASE, "sst2", "e2e"])
+    # The base model's long prompts pass in chunks; an adapter's may fill a whole step.
+    lengths = [400, 1, 16, 31, STEP_TOKENS, 17, 5, 64, 120, 300, 33, 200, 9, 2, STEP_TOKENS - 1]
+    asked = [question(next(models), prompt["prompt_token_ids"]) for prompt in prompts(lengths, seed=20)]
+    answers = ask_together(url, *asked)
+    assert [answer.model for answer in answers] == [one["model"] for one in asked]
+    requests = [trained.get(one["model"]) for one in asked]
+    oracle.check([completion_output(answer.choices[0]) for answer in answers], requests)
+
+
+def test_one_prompt_under_three_names(client: openai.OpenAI, oracle: Oracle, trained: dict[str, ParadeRequest]) -> None:
+    for prompt in PROMPTS.values():
+        texts = []
+        for model in (BASE, *trained):
+            answer = chat(client, model, prompt, logprobs=True, extra_body={"return_token_ids": True})
+            (choice,) = answer.choices
+            values = [step.logprob for step in choice.logprobs.content]
+            oracle.check([as_output(answer.prompt_token_ids, choice.token_ids, values)], [trained.get(model)])
+            texts.append(choice.message.content)
+        assert len(set(texts)) == 3
+    assert chat(client, "sst2", PROMPTS["sst2"]).choices[0].message.content == "positive"
+
+
+@pytest.mark.parametrize("model", [BASE, "sst2", "e2e"])
+def test_streamed_chunks_make_the_whole_answer(client: openai.OpenAI, model: str) -> None:
+    whole = chat(client, model, PROMPTS["e2e"])
+    chunks = [chunk for chunk in chat(client, model, PROMPTS["e2e"], stream=True) if chunk.choices]
+    assert len(chunks) > 2
+    assert {chunk.model for chunk in chunks} == {model}
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole.choices[0].message.content
+    asked: Any = {"model": model, "prompt": "The restaurant", "max_tokens": 12, "temperature": 0}
+    text = client.completions.create(**asked).choices[0].text
+    assert "".join(chunk.choices[0].text for chunk in client.completions.create(**asked, stream=True)) == text
+
+
+def test_several_answers_to_one_prompt(url: str, oracle: Oracle, trained: dict[str, ParadeRequest]) -> None:
+    asked = question("e2e", prompts([48], seed=21)[0]["prompt_token_ids"])
+    (answer,) = ask_together(url, {**asked, "n": 2, "temperature": 0.9, "seed": 5})
+    first, second = answer.choices
+    assert first.token_ids != second.token_ids
+    for choice in answer.choices:
+        choice.prompt_token_ids = asked["prompt"]
+        with oracle.model(trained["e2e"]) as logprobs:
+            _, values = logprobs(completion_output(choice))
+        assert (torch.tensor(choice.logprobs.token_logprobs) - values).abs().max() <= TOLERANCE
+
+
+def test_beam_search_keeps_its_instruction(url: str, oracle: Oracle, trained: dict[str, ParadeRequest]) -> None:
+    prompt = prompts([20], seed=22)[0]["prompt_token_ids"]
+    beams: dict[str, Any] = {"n": 3, "logprobs": None}
+    body = {"return_token_ids": True, "ignore_eos": True, "use_beam_search": True}
+    asked = {**question("e2e", prompt, max_tokens=6), **beams, "extra_body": body}
+    (answer,) = ask_together(url, asked)
+    model = ParadeModel.from_pretrained(oracle.base, trained["e2e"].path)
+    try:
+        wanted = model.generate(
+            torch.tensor([prompt]),
+            num_beams=3,
+            num_return_sequences=3,
+            do_sample=False,
+            max_new_tokens=6,
+            min_new_tokens=6,
+        )
+    finally:
+        model.unload()
+    served = [choice.token_ids[-6:] for choice in answer.choices]
+    assert served == wanted[:, len(prompt) :].tolist()
+
+
+def test_adapters_are_listed_as_models(client: openai.OpenAI, smollm: str, trained: dict[str, ParadeRequest]) -> None:
+    cards = {card.id: card.to_dict() for card in client.models.list()}
+    assert {name: (card["root"], card["parent"]) for name, card in cards.items()} == {
+        BASE: (smollm, None),
+        "sst2": (trained["sst2"].path, BASE),
+        "e2e": (trained["e2e"].path, PARENT),
+    }
+
+
+def test_unknown_name(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError, match="nobody"):
+        chat(client, "nobody", "Hello")
+
+
+def test_prompt_longer_than_a_step(url: str, oracle: Oracle, trained: dict[str, ParadeRequest]) -> None:
+    long = prompts([STEP_TOKENS + 1], seed=23)[0]["prompt_token_ids"]
+    wanted = rf"prompt has {STEP_TOKENS + 1} tokens.*'sst2'.*at most {STEP_TOKENS}.*--max-num-batched-tokens"
+    with pytest.raises(openai.BadRequestError, match=wanted):
+        ask_together(url, question("sst2", long))
+    # The base model reads it in chunks, and the adapter answers what fits.
+    answers = ask_together(url, question(BASE, long), question("sst2", long[:-1]))
+    oracle.check([completion_output(answer.choices[0]) for answer in answers], [None, trained["sst2"]])
+
+
+@pytest.mark.parametrize("model", [BASE, "sst2"])
+def test_clients_cannot_write_the_engine_s_own_argument(client: openai.OpenAI, model: str) -> None:
+    with pytest.raises(openai.BadRequestError, match="'parade' is not a sampling argument"):
+        chat(client, model, "Hello", extra_body={"vllm_xargs": {"parade": "anything"}})
+
+
+def test_bad_adapter_ends_the_command_with_one_line(smollm: str, tmp_path: Path) -> None:
+    nowhere = tmp_path / "nowhere"
+    done = servers.run_to_the_end("serve", smollm, "--enable-parade", "--parade-modules", f"bad={nowhere}")
+    assert_refused(done, f"PARADE: {nowhere}: no such folder; expected a folder that holds adapter_config.json")
+
+
+def test_modules_without_enable_end_the_command_with_one_line(smollm: str, trained: dict[str, ParadeRequest]) -> None:
+    done = servers.run_to_the_end("serve", smollm, "--parade-modules", f"sst2={trained['sst2'].path}")
+    assert_refused(done, "PARADE: --parade-modules needs --enable-parade; add it, or drop the modules")
+
+
+def assert_refused(done: Any, message: str) -> None:
+    """The message stands once, as the last line, and no traceback anywhere."""
+    lines = done.stdout.strip().splitlines()
+    assert done.returncode == 1, done.stdout
+    assert message in lines[-1], done.stdout
+    assert "Traceback" not in done.stdout, done.stdout
+    assert sum("PARADE:" in line for line in lines) == 1, done.stdout
+
+
+def test_flags_are_in_the_help(smollm: str) -> None:
+    done = servers.run_to_the_end("serve", "--help=ParadeConfig")
+    assert done.returncode == 0, done.stdout
+    flags = ("enable-parade", "parade-modules", "max-parades", "max-cpu-parades", "max-parade-rank", "parade-sites")
+    assert [flag for flag in flags if f"--{flag}" not in done.stdout] == []

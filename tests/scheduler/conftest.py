@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's real scheduler with PARADE mixed in, and in place of the model an answer of one token a request and step."""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from vllm import SamplingParams
+from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+from vllm.v1.structured_output import StructuredOutputManager
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.utils.hashing import sha256
+
+from vllm_parade.request import EXTRA_ARGS_KEY, PLAN_ATTRIBUTE, Instruction
+from vllm_parade.scheduler import ParadeAsyncScheduler, ParadeScheduler
+
+BLOCK = 4
+
+
+@dataclass
+class Engine:
+    """Requests have one-letter names. Steps are compared with tables, whose lines say what a step did and left."""
+
+    scheduler: ParadeScheduler
+    in_flight: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = field(default_factory=deque)
+    pipeline: int = 0
+    """Steps that are planned before the first of them has run (asynchronous scheduling: 1)."""
+
+    def add(self, name, prompt, adapter=None, instruction=None, max_tokens=99, tokens=None, **options):
+        """A request with a prompt of `prompt` tokens, under an adapter or none."""
+        extra = adapter and {EXTRA_ARGS_KEY: Instruction(adapter, instruction or prompt).to_extra_args()}
+        request = Request(
+            request_id=name,
+            prompt_token_ids=tokens or [ord(name)] * prompt,
+            sampling_params=SamplingParams(max_tokens=max_tokens, ignore_eos=True, extra_args=extra),
+            pooling_params=None,
+            block_hasher=get_request_block_hasher(BLOCK, sha256),
+            **options,
+        )
+        self.scheduler.add_request(request)
+
+    def step(self):
+        """One step, as a line of a table: scheduled tokens, running, waiting, rows, instructions that passed."""
+        output = self.scheduler.schedule()
+        rows = {name: self.scheduler.rows.row(name) for name in self.scheduler.requests if name in self.scheduler.rows}
+        plan = getattr(output, PLAN_ATTRIBUTE)
+        assert plan.rows == {name: rows[name] for name in output.num_scheduled_tokens if name in rows}
+        line = (
+            dict(output.num_scheduled_tokens),
+            "".join(request.request_id for request in self.scheduler.running),
+            "".join(request.request_id for request in self.scheduler.waiting),
+            rows,
+            "".join(plan.instructions),
+        )
+        self.in_flight.append((output, self._answer(output)))
+        if len(self.in_flight) > self.pipeline:
+            self.scheduler.update_from_output(*self.in_flight.popleft())
+        return line
+
+    def _answer(self, output):
+        names = list(output.num_scheduled_tokens)
+        partial = {name: self.scheduler.requests[name].is_prefill_chunk for name in names}
+        return ModelRunnerOutput(
+            req_ids=names,
+            req_id_to_index={name: index for index, name in enumerate(names)},
+            sampled_token_ids=[[] if partial[name] else [7] for name in names],
+        )
+
+    def expect(self, *table):
+        """Compare the next steps with the lines of `table`."""
+        for number, line in enumerate(table):
+            assert self.step() == line, f"line {number} of the table"
+
+    def abort(self, name):
+        self.scheduler.finish_requests(name, RequestStatus.FINISHED_ABORTED)
+
+
+@pytest.fixture
+def make_engine(tmp_path):
+    """A function that makes an `Engine`; `step_tokens` is what one step holds."""
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        hidden_size=64, num_attention_heads=2, num_hidden_layers=1, architectures=["LlamaForCausalLM"], dtype="float32"
+    )
+    config.save_pretrained(tmp_path)
+    init_none_hash(sha256)
+
+    def make(step_tokens=16, max_num_seqs=4, blocks=1000, pipeline=0, **options):
+        vllm_config = EngineArgs(
+            str(tmp_path),
+            skip_tokenizer_init=True,
+            enable_parade=True,
+            max_num_batched_tokens=step_tokens,
+            max_num_seqs=max_num_seqs,
+            max_model_len=256,
+            **options,
+        ).create_engine_config()
+        vllm_config.cache_config.num_gpu_blocks = blocks
+        groups = [KVCacheGroupSpec(["layer"], FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=32, dtype=torch.float32))]
+        scheduler = (ParadeAsyncScheduler if pipeline else ParadeScheduler)(
+            vllm_config=vllm_config,
+            kv_cache_config=KVCacheConfig(blocks, kv_cache_tensors=[], kv_cache_groups=groups),
+            structured_output_manager=StructuredOutputManager(vllm_config),
+            block_size=BLOCK,
+            hash_block_size=BLOCK,
+        )
+        return Engine(scheduler, pipeline=pipeline)
+
+    return make
