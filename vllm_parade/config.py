@@ -40,13 +40,13 @@ class ParadeModule:
             return value
         if isinstance(value, str):
             value = cls._parse_text(value)
-        unknown = set(value) - {field.name for field in fields(cls)}
-        if unknown or not value.get("name") or not value.get("path"):
+        known = {field.name for field in fields(cls)}
+        if not isinstance(value, Mapping) or set(value) - known or not value.get("name") or not value.get("path"):
             raise ParadeConfigError(
-                f"--parade-modules got {dict(value)!r}; expected name=path or "
+                f"--parade-modules got {value!r}; expected name=path or "
                 '{"name": ..., "path": ..., "base_model_name": ...}'
             )
-        return cls(**{key: str(entry) for key, entry in value.items()})
+        return cls(**{key: str(entry) for key, entry in value.items() if entry is not None})
 
     @staticmethod
     def _parse_text(text: str) -> Mapping[str, Any]:
@@ -137,7 +137,7 @@ class ServingConfig:
         unknown = sorted(set(values) - known)
         if unknown:
             raise ParadeConfigError(f"unknown PARADE option {unknown[0]!r}; known are {', '.join(sorted(known))}")
-        lists = {name: tuple(values[name]) for name in ("parade_modules", "parade_sites") if values.get(name)}
+        lists = {name: _tuple(values[name]) for name in ("parade_modules", "parade_sites") if values.get(name)}
         return cls(**{**{k: v for k, v in values.items() if v is not None}, **lists})
 
     @classmethod
@@ -150,6 +150,10 @@ class ServingConfig:
         from vllm_parade import __version__
 
         return {"version": __version__, "sites": list(self.sites), "rows": num_rows}
+
+
+def _tuple(values: Any) -> tuple[Any, ...]:
+    return tuple(values) if isinstance(values, (list, tuple)) else (values,)
 
 
 def flag_name(field_name: str) -> str:

@@ -38,7 +38,8 @@ class Seam:
             return
         wrapper_module, wrapper_name = self.wrapper.split(":")
         wrapper = getattr(import_module(wrapper_module), wrapper_name)
-        proxy = wrapt.wrap_function_wrapper(self.module, self.method, wrapper)
+        # Attributes that begin with _self_ are the proxy's own, not the wrapped method's.
+        proxy: Any = wrapt.wrap_function_wrapper(self.module, self.method, wrapper)
         proxy._self_parade_seam = True
 
 

@@ -37,9 +37,10 @@ def test_preempted_requests_resume_exactly(smollm: str, oracle: Oracle, variants
     with engine(
         smollm,
         enable_parade=True,
-        num_gpu_blocks_override=30,
-        block_size=16,
-        max_num_batched_tokens=256,
+        num_gpu_blocks_override=12,
+        block_size=32,
+        max_num_batched_tokens=64,
+        max_num_seqs=8,
         max_model_len=256,
     ) as llm:
         record_preemptions(llm, preempted)

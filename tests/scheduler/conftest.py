@@ -8,13 +8,13 @@ import pytest
 import torch
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
-from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-from vllm.utils.hashing import sha256
 
 from vllm_parade.request import EXTRA_ARGS_KEY, PLAN_ATTRIBUTE, Instruction
 from vllm_parade.scheduler import ParadeAsyncScheduler, ParadeScheduler
@@ -102,7 +102,11 @@ def make_engine(tmp_path):
             **options,
         ).create_engine_config()
         vllm_config.cache_config.num_gpu_blocks = blocks
-        groups = [KVCacheGroupSpec(["layer"], FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=32, dtype=torch.float32))]
+        groups = [
+            KVCacheGroupSpec(
+                ["layer"], FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=32, dtype=torch.float32)
+            )
+        ]
         scheduler = (ParadeAsyncScheduler if pipeline else ParadeScheduler)(
             vllm_config=vllm_config,
             kv_cache_config=KVCacheConfig(blocks, kv_cache_tensors=[], kv_cache_groups=groups),

@@ -1,12 +1,271 @@
-def test_probe(make_engine):
+# SPDX-License-Identifier: Apache-2.0
+"""Tables of steps. Their columns: scheduled tokens, running, waiting, rows, requests whose instruction passed."""
+
+import pytest
+
+
+def test_instruction_passes_whole_beside_a_base_prompt_in_chunks(make_engine):
+    """A step holds 8 tokens. The instructions of 5 and 6 pass in one step each; base prompt b fills what they leave."""
+    engine = make_engine(step_tokens=8)
+    engine.add("a", 5, "A")
+    engine.add("b", 9)
+    engine.add("c", 6, "A")
+    engine.expect(
+        ({"a": 5, "b": 3}, "ab", "c", {"a": 1}, "a"),
+        # After b's 6 tokens and a's one there is room for one: c waits rather than start in part.
+        ({"a": 1, "b": 6}, "ab", "c", {"a": 1}, ""),
+        ({"a": 1, "b": 1, "c": 6}, "abc", "", {"a": 1, "c": 2}, "c"),
+        ({"a": 1, "b": 1, "c": 1}, "abc", "", {"a": 1, "c": 2}, ""),
+    )
+
+
+def test_instruction_as_long_as_a_step(make_engine):
+    """It needs a step of its own; one that is longer never gets this far (the front end refuses it)."""
+    engine = make_engine(step_tokens=8)
+    engine.add("a", 8, "A")
+    engine.add("b", 8)
+    engine.expect(
+        ({"a": 8}, "a", "b", {"a": 1}, "a"),
+        ({"a": 1, "b": 7}, "ab", "", {"a": 1}, ""),
+        ({"a": 1, "b": 1}, "ab", "", {"a": 1}, ""),
+    )
+
+
+def test_head_of_the_queue_is_not_overtaken(make_engine):
+    """c needs all of a step's 8 tokens and waits until a and b are done; d, though it would fit, stays behind it."""
+    engine = make_engine(step_tokens=8)
+    engine.add("a", 2, max_tokens=3)
+    engine.add("b", 2, "B", max_tokens=2)
+    engine.add("c", 8, "A")
+    engine.add("d", 1, "A")
+    engine.expect(
+        ({"a": 2, "b": 2}, "ab", "cd", {"b": 1}, "b"),
+        ({"a": 1, "b": 1}, "ab", "cd", {"b": 1}, ""),
+        ({"a": 1}, "a", "cd", {}, ""),
+        ({"c": 8}, "c", "d", {"c": 1}, "c"),
+        ({"c": 1, "d": 1}, "cd", "", {"c": 1, "d": 2}, "d"),
+    )
+
+
+def test_instruction_shorter_than_the_prompt(make_engine):
+    """Only the first 5 of a's 12 tokens are instruction: they pass whole, the rest follows in chunks."""
+    engine = make_engine(step_tokens=8)
+    engine.add("b", 2)
+    engine.add("a", 12, "A", instruction=5)
+    engine.expect(
+        ({"b": 2, "a": 6}, "ba", "", {"a": 1}, "a"),
+        ({"b": 1, "a": 6}, "ba", "", {"a": 1}, ""),
+        ({"b": 1, "a": 1}, "ba", "", {"a": 1}, ""),
+    )
+
+
+def test_short_instruction_waits_too_where_it_does_not_fit(make_engine):
+    """b leaves 3 tokens, a's instruction has 5: it waits, although the rest of its prompt may be cut."""
+    engine = make_engine(step_tokens=8)
+    engine.add("b", 5)
+    engine.add("a", 12, "A", instruction=5)
+    engine.expect(
+        ({"b": 5}, "b", "a", {}, ""),
+        ({"b": 1, "a": 7}, "ba", "", {"a": 1}, "a"),
+        ({"b": 1, "a": 5}, "ba", "", {"a": 1}, ""),
+    )
+
+
+def test_preempted_request_keeps_its_row(make_engine):
+    """5 blocks of 4 tokens. b is pushed out when a and b need 6, and resumes without a generator when a is done.
+
+    The blocks of its first 8 tokens are still cached, and may count, since b has its vectors.
+    """
+    engine = make_engine(step_tokens=16, blocks=6)
+    engine.add("a", 7, "A", max_tokens=4)
+    engine.add("b", 7, "B")
+    rows = {"a": 1, "b": 2}
+    engine.expect(
+        ({"a": 7, "b": 7}, "ab", "", rows, "ab"),
+        ({"a": 1, "b": 1}, "ab", "", rows, ""),
+        ({"a": 1}, "a", "b", rows, ""),
+        ({"a": 1}, "a", "b", rows, ""),
+        ({"b": 1}, "b", "", {"b": 2}, ""),
+    )
+
+
+def test_resumed_request_may_be_cut(make_engine):
+    """Without prefix caching b computes its 9 tokens again: in chunks around base prompt c, with its old row."""
+    engine = make_engine(step_tokens=8, blocks=6, enable_prefix_caching=False)
+    engine.add("a", 4, max_tokens=6)
+    engine.add("b", 7, "B")
+    engine.expect(
+        ({"a": 4}, "a", "b", {}, ""),
+        ({"a": 1, "b": 7}, "ab", "", {"b": 1}, "b"),
+        ({"a": 1, "b": 1}, "ab", "", {"b": 1}, ""),
+        ({"a": 1, "b": 1}, "ab", "", {"b": 1}, ""),
+        ({"a": 1, "b": 1}, "ab", "", {"b": 1}, ""),
+        ({"a": 1}, "a", "b", {"b": 1}, ""),
+        ({"b": 8}, "b", "", {"b": 1}, ""),
+        ({"b": 3}, "b", "", {"b": 1}, ""),
+    )
+
+
+def test_row_of_a_preempted_request_is_taken_when_none_is_left(make_engine):
+    """2 rows for 2 running requests. c overtakes the preempted b and takes its row; b then generates anew.
+
+    By then b has given 5 tokens: its 7 tokens of instruction must pass whole again, without those that are cached, while
+    the last 4 tokens may come later.
+    """
+    engine = make_engine(step_tokens=8, max_num_seqs=2, blocks=7, scheduling_policy="priority")
+    engine.add("a", 7, "A", max_tokens=12, priority=0)
+    engine.add("b", 7, "B", priority=2)
+    engine.expect(
+        ({"a": 7}, "a", "b", {"a": 1}, "a"),
+        ({"a": 1, "b": 7}, "ab", "", {"a": 1, "b": 2}, "b"),
+        *[({"a": 1, "b": 1}, "ab", "", {"a": 1, "b": 2}, "")] * 4,
+    )
+    engine.add("c", 4, "C", max_tokens=2, priority=1)
+    engine.expect(
+        # Both need their fourth block.
+        ({"a": 1}, "a", "cb", {"a": 1, "b": 2}, ""),
+        ({"a": 1, "c": 4}, "ac", "b", {"a": 1, "c": 2}, "c"),
+        ({"a": 1, "c": 1}, "ac", "b", {"a": 1, "c": 2}, ""),
+        *[({"a": 1}, "a", "b", {"a": 1}, "")] * 3,
+        ({"b": 8}, "b", "", {"b": 1}, "b"),
+        ({"b": 4}, "b", "", {"b": 1}, ""),
+        ({"b": 1}, "b", "", {"b": 1}, ""),
+    )
+
+
+def test_prefix_cache_counts_only_with_a_row(make_engine):
+    """b and d repeat the prompts of a and c; of PARADE's d every token must pass, of the base model's b only the last."""
+    engine = make_engine(step_tokens=64)
+    tokens = list(range(13))
+    engine.add("a", 13, tokens=tokens)
+    engine.add("c", 13, "C", tokens=tokens, cache_salt="salt")
+    engine.expect(({"a": 13, "c": 13}, "ac", "", {"c": 1}, "c"))
+    engine.add("b", 13, tokens=tokens)
+    engine.add("d", 13, "C", tokens=tokens, cache_salt="salt")
+    engine.expect(({"a": 1, "c": 1, "b": 1, "d": 13}, "acbd", "", {"c": 1, "d": 2}, "d"))
+    assert not engine.scheduler.requests["d"].skip_reading_prefix_cache
+
+
+def test_more_adapters_than_slots_take_turns(make_engine):
+    """2 slots: the instructions of a third adapter wait a step; a second one of the same adapter does not."""
+    engine = make_engine(step_tokens=16, max_num_seqs=8, max_parades=2)
+    for name, adapter in zip("abcde", "AABCD", strict=True):
+        engine.add(name, 2, adapter)
+    engine.expect(
+        ({"a": 2, "b": 2, "c": 2}, "abc", "de", {"a": 1, "b": 2, "c": 3}, "abc"),
+        (
+            {"a": 1, "b": 1, "c": 1, "d": 2, "e": 2},
+            "abcde",
+            "",
+            {"a": 1, "b": 2, "c": 3, "d": 4, "e": 5},
+            "de",
+        ),
+    )
+
+
+def test_decoding_needs_no_slot(make_engine):
+    """1 slot, 3 adapters decoding together."""
+    engine = make_engine(max_parades=1)
+    for name in "abc":
+        engine.add(name, 2, name.upper())
+    rows = {"a": 1, "b": 2, "c": 3}
+    engine.expect(
+        ({"a": 2}, "a", "bc", {"a": 1}, "a"),
+        ({"a": 1, "b": 2}, "ab", "c", {"a": 1, "b": 2}, "b"),
+        ({"a": 1, "b": 1, "c": 2}, "abc", "", rows, "c"),
+        ({"a": 1, "b": 1, "c": 1}, "abc", "", rows, ""),
+    )
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_abort_frees_the_row(make_engine, steps):
+    """While it waits, after its prompt, while it decodes. The next request gets the row."""
     engine = make_engine()
     engine.add("a", 5, "A")
-    engine.add("b", 20)
-    for _ in range(4):
-        print(engine.step())
-    engine = make_engine(pipeline=1)
-    engine.add("a", 5, "A", max_tokens=3)
-    engine.add("b", 20)
-    for _ in range(6):
-        print(engine.step())
-    assert 0
+    for _ in range(steps):
+        engine.step()
+    assert len(engine.scheduler.rows) == min(steps, 1)
+    engine.abort("a")
+    assert len(engine.scheduler.rows) == 0
+    engine.add("b", 5, "A")
+    engine.expect(({"b": 5}, "b", "", {"b": 1}, "b"))
+
+
+def test_abort_of_a_preempted_request_frees_its_row(make_engine):
+    engine = make_engine(step_tokens=16, blocks=6)
+    engine.add("a", 7, "A")
+    engine.add("b", 7, "B")
+    lines = [engine.step() for _ in range(3)]
+    assert lines[-1] == ({"a": 1}, "a", "b", {"a": 1, "b": 2}, "")
+    engine.abort("b")
+    engine.expect(({"a": 1}, "a", "", {"a": 1}, ""))
+
+
+def test_finished_request_frees_its_row(make_engine):
+    engine = make_engine()
+    engine.add("a", 5, "A", max_tokens=1)
+    engine.add("b", 5, "A", max_tokens=3)
+    engine.expect(
+        ({"a": 5, "b": 5}, "ab", "", {"a": 1, "b": 2}, "ab"),
+        ({"b": 1}, "b", "", {"b": 2}, ""),
+    )
+    engine.add("c", 5, "A")
+    engine.expect(({"b": 1, "c": 5}, "bc", "", {"b": 2, "c": 1}, "c"))
+
+
+def test_more_requests_than_rows_wait_their_turn(make_engine):
+    engine = make_engine(max_num_seqs=2)
+    for name in "abc":
+        engine.add(name, 3, "A", max_tokens=2)
+    engine.expect(
+        ({"a": 3, "b": 3}, "ab", "c", {"a": 1, "b": 2}, "ab"),
+        ({"a": 1, "b": 1}, "ab", "c", {"a": 1, "b": 2}, ""),
+    )
+    name, *_ = engine.step()
+    assert name == {"c": 3}
+
+
+def test_reset_of_the_prefix_cache_keeps_rows_of_running_requests(make_engine):
+    """Running requests go on with their keys, values and vectors; a preempted one starts again with its generator."""
+    engine = make_engine(step_tokens=16, blocks=6)
+    engine.add("a", 7, "A", max_tokens=4)
+    engine.add("b", 7, "B")
+    for _ in range(3):
+        engine.step()
+    engine.scheduler.reset_prefix_cache()
+    engine.expect(
+        ({"a": 1}, "a", "b", {"a": 1}, ""),
+        ({"b": 9}, "b", "", {"b": 1}, "b"),
+    )
+
+
+def test_reset_with_running_requests_generates_all_anew(make_engine):
+    engine = make_engine()
+    engine.add("a", 4, "A")
+    engine.add("b", 3)
+    engine.expect(({"a": 4, "b": 3}, "ab", "", {"a": 1}, "a"))
+    assert engine.scheduler.reset_prefix_cache(reset_running_requests=True)
+    assert len(engine.scheduler.rows) == 0
+    engine.expect(({"a": 5, "b": 4}, "ab", "", {"a": 1}, "a"))
+
+
+def test_asynchronous_scheduling_plans_ahead_with_the_same_row(make_engine):
+    """Step n + 1 is planned before the answer of step n is there; a's row stays until its last answer has come."""
+    engine = make_engine(step_tokens=8, pipeline=1)
+    engine.add("a", 5, "A", max_tokens=2)
+    engine.add("b", 6, "B")
+    engine.expect(
+        ({"a": 5}, "a", "b", {"a": 1}, "a"),
+        ({"a": 1, "b": 6}, "ab", "", {"a": 1, "b": 2}, "b"),
+        ({"b": 1}, "ab", "", {"a": 1, "b": 2}, ""),
+        ({"b": 1}, "b", "", {"b": 2}, ""),
+    )
+
+
+def test_base_requests_alone_have_an_empty_plan(make_engine):
+    engine = make_engine(step_tokens=8)
+    engine.add("a", 12)
+    engine.expect(
+        ({"a": 8}, "a", "", {}, ""),
+        ({"a": 4}, "a", "", {}, ""),
+    )

@@ -17,12 +17,13 @@ def generate(wrapped: Callable[..., Any], instance: Any, args: tuple, kwargs: di
 
 def beam_search(wrapped: Callable[..., Any], instance: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Wraps LLM.beam_search: as `generate`, and every prompt keeps its own instruction through all steps."""
-    if KEYWORD in kwargs:
-        kwargs = _with_adapter(wrapped, args, kwargs)
-        prompts = argument(wrapped, args, kwargs, "prompts")
-        given = kwargs["lora_request"]
-        requests = given if isinstance(given, Sequence) else [given] * len(prompts)
-        kwargs["lora_request"] = [request and request.for_beam_search() for request in requests]
+    if kwargs.get(KEYWORD) is None:
+        return generate(wrapped, instance, args, kwargs)
+    kwargs = _with_adapter(wrapped, args, kwargs)
+    prompts = argument(wrapped, args, kwargs, "prompts")
+    given = kwargs["lora_request"]
+    requests = given if isinstance(given, Sequence) else [given] * len(prompts)
+    kwargs["lora_request"] = [request and request.for_beam_search() for request in requests]
     return wrapped(*args, **kwargs)
 
 
@@ -33,7 +34,7 @@ def _with_adapter(wrapped: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str
     given = kwargs.pop(KEYWORD)
     if given is None:
         return kwargs
-    for request in given if isinstance(given, Sequence) else [given]:
+    for request in given if isinstance(given, Sequence) and not isinstance(given, str) else [given]:
         if request is not None and not isinstance(request, ParadeRequest):
             raise TypeError(f"parade_request is {request!r}; expected a ParadeRequest, or a list of them and None")
     if argument(wrapped, args, kwargs, "lora_request") is not None:

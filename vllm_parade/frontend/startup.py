@@ -13,12 +13,13 @@ from vllm_parade.config import CONFIG_ATTRIBUTE, CONFIG_KEY, ParadeConfigError, 
 from vllm_parade.frontend.arguments import COMMAND_LINE
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import CompilationConfig, VllmConfig
     from vllm.engine.arg_utils import EngineArgs
 
 logger = init_logger("vllm.parade.startup")
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+GENERATOR_OP = "vllm::parade_generate"
 SCHEDULERS = {False: "vllm_parade.scheduler.ParadeScheduler", True: "vllm_parade.scheduler.ParadeAsyncScheduler"}
 WORKERS = {
     "vllm.v1.worker.cpu_worker.CPUWorker": "vllm_parade.worker.cpu.ParadeCPUWorker",
@@ -59,9 +60,16 @@ def _enable(vllm_config: "VllmConfig", config: ServingConfig) -> None:
     _check_modules(vllm_config, config)
     vllm_config.scheduler_config.scheduler_cls = SCHEDULERS[bool(vllm_config.scheduler_config.async_scheduling)]
     vllm_config.parallel_config.worker_cls = WORKERS[vllm_config.parallel_config.worker_cls]
+    _keep_generators_out_of_graphs(vllm_config.compilation_config)
     num_rows = vllm_config.scheduler_config.max_num_seqs + 1
     vllm_config.additional_config = {**vllm_config.additional_config, CONFIG_KEY: config.hashed(num_rows)}
     setattr(vllm_config, CONFIG_ATTRIBUTE, config)
+
+
+def _keep_generators_out_of_graphs(compilation: "CompilationConfig") -> None:
+    """Run the generator op between the pieces of a compiled model: a CUDA graph would replay what it did in capture."""
+    if compilation.splitting_ops:
+        compilation.splitting_ops = [*compilation.splitting_ops, GENERATOR_OP]
 
 
 def _with_sites(config: ServingConfig) -> ServingConfig:
@@ -148,6 +156,11 @@ def _unsupported(vllm_config: "VllmConfig") -> list[tuple[str, bool, str]]:
             "vectors are looked up by token position, which it cuts up",
         ),
         (
+            f"cudagraph_mode {compilation.cudagraph_mode}",
+            _captures_prompts(compilation),
+            "graphs of steps that read prompts hold no generator; use FULL_AND_PIECEWISE or PIECEWISE",
+        ),
+        (
             "--enable-sleep-mode",
             bool(getattr(model, "enable_sleep_mode", False)),
             "vectors of waiting requests would be lost",
@@ -168,3 +181,10 @@ def _unsupported(vllm_config: "VllmConfig") -> list[tuple[str, bool, str]]:
             f"PARADE brings its own worker class for {', '.join(WORKERS)}; drop it",
         ),
     ]
+
+
+def _captures_prompts(compilation: "CompilationConfig") -> bool:
+    from vllm.config import CUDAGraphMode
+
+    mode = compilation.cudagraph_mode.mixed_mode()
+    return bool(mode == CUDAGraphMode.FULL or (mode == CUDAGraphMode.PIECEWISE and not compilation.splitting_ops))

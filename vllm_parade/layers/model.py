@@ -21,8 +21,9 @@ class UnsupportedModelError(ValueError):
     """A model without the modules that PARADE adjusts."""
 
 
-def decoder_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def decoder_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Decoder layers that live on this worker, by name."""
+    module: Any
     for name, module in model.named_modules():
         if all(hasattr(module, child) for child in ("input_layernorm", "self_attn", "mlp")):
             if not hasattr(module.self_attn, "qkv_proj") or not hasattr(module.mlp, "gate_up_proj"):
@@ -61,7 +62,7 @@ def adjust_model(
     return layers
 
 
-def _hook_norm(norm: nn.Module, layer_name: str, layer: ParadeLayer, forward_context: dict[str, Any]) -> None:
+def _hook_norm(norm: Any, layer_name: str, layer: ParadeLayer, forward_context: dict[str, Any]) -> None:
     forward_context[layer_name] = layer
     norm.parade_layer_name = layer_name
     norm.register_buffer("parade_table", layer.table, persistent=False)
@@ -74,7 +75,7 @@ def _generate_vectors(norm: Any, args: tuple[Tensor, ...], output: Tensor | tupl
     torch.ops.vllm.parade_generate(layer_input, attention_input, norm.parade_table, norm.parade_layer_name)
 
 
-def _hook_projection(projection: nn.Module, names: tuple[str, ...], layer: ParadeLayer) -> None:
+def _hook_projection(projection: Any, names: tuple[str, ...], layer: ParadeLayer) -> None:
     spans, column = [], 0
     for shard in layer.shards:
         if shard.name in names:

@@ -15,10 +15,8 @@ from vllm_parade.scheduler.rows import RowPool
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
-    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.core.sched.scheduler import Scheduler as Base
     from vllm.v1.request import Request
-
-    Base = Scheduler
 else:
     Base = object
 

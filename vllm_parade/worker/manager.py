@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from vllm.logger import init_logger
 
 from vllm_parade.adapter import AdapterError, BaseModelShape, load_adapter
 from vllm_parade.config import ServingConfig
@@ -15,6 +16,8 @@ from vllm_parade.worker.slots import AdapterSlots
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+logger = init_logger("vllm.parade.manager")
 
 
 class ParadeManager:
@@ -44,8 +47,11 @@ class ParadeManager:
         """
         try:
             adapter = load_adapter(path, self.shape, max_rank=self.config.max_parade_rank, sites=self.config.sites)
-        except (AdapterError, OSError) as error:
+        except AdapterError as error:
             return {"ok": False, "error": str(error)}
+        except Exception as error:
+            logger.exception("Loading the adapter in %s failed", path)
+            return {"ok": False, "error": f"{path}: {type(error).__name__}: {error}"}
         self.slots.add(adapter)
         for content_hash in evicted:
             if content_hash != adapter.content_hash:

@@ -8,11 +8,8 @@ from vllm_parade.worker.manager import ParadeManager
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-    from vllm.v1.worker.gpu_worker import Worker
-
-    RunnerBase = GPUModelRunner
-    WorkerBase = Worker
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner as RunnerBase
+    from vllm.v1.worker.gpu_worker import Worker as WorkerBase
 else:
     RunnerBase = WorkerBase = object
 
@@ -33,6 +30,12 @@ class ParadeModelRunnerMixin(RunnerBase):
         plan = getattr(scheduler_output, PLAN_ATTRIBUTE)
         self.parade.prepare(plan, self.input_batch.req_ids, scheduler_output.num_scheduled_tokens)
         return prepared
+
+    def _determine_batch_execution_and_padding(self, *args: Any, **kwargs: Any) -> Any:
+        if self.parade.batch.jobs:
+            # Prompts of one token look like a decode step, whose full graph holds no generator.
+            kwargs["force_uniform_decode"] = False
+        return super()._determine_batch_execution_and_padding(*args, **kwargs)
 
     def _dummy_run(self, *args: Any, **kwargs: Any) -> Any:
         self.parade.batch.clear()

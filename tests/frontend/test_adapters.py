@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What stays loaded, what makes room: the front end's registry, with fakes for the engine and its workers."""
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+from vllm.exceptions import VLLMValidationError
+
+from vllm_parade import ParadeRequest
+from vllm_parade.config import ServingConfig
+from vllm_parade.frontend.adapters import AdapterRegistry, add_request, add_request_async, argument, load_adapter
+
+
+class FakeEngine:
+    """Both kinds of vLLM engine; its one worker takes note of what it was asked to load and to forget."""
+
+    def __init__(self, max_cpu_parades=2, unfinished=True, **options):
+        config = ServingConfig(True, max_parades=1, max_cpu_parades=max_cpu_parades, **options)
+        self.input_processor = SimpleNamespace(vllm_config=SimpleNamespace(parade_config=config))
+        self.unfinished = unfinished
+        self.output_processor = SimpleNamespace(has_unfinished_requests=lambda: self.unfinished)
+        self.calls = []
+        self.answers = {}
+        self.added = []
+
+    @property
+    def registry(self):
+        return AdapterRegistry.of(self.input_processor)
+
+    def has_unfinished_requests(self):
+        return self.unfinished
+
+    def answer(self, method, args):
+        assert method == "parade_add"
+        path, evicted = args
+        self.calls.append((path, evicted))
+        return self.answers.get(path, [{"ok": True, "content_hash": f"hash of {path}"}])
+
+    def add_request(self, request_id, lora_request=None):
+        self.added.append(request_id)
+
+    @property
+    def resident(self):
+        return [name for name, _ in self.registry._hashes]
+
+
+class Offline(FakeEngine):
+    def collective_rpc(self, method, args):
+        return self.answer(method, args)
+
+    def send(self, name):
+        add_request(self.add_request, self, (name,), {"lora_request": adapter(name)})
+
+
+class Online(FakeEngine):
+    async def collective_rpc(self, method, args):
+        await asyncio.sleep(0)
+        return self.answer(method, args)
+
+    async def add_request_async(self, request_id, lora_request=None):
+        await asyncio.sleep(0)
+        self.add_request(request_id)
+
+    def send(self, name):
+        asyncio.run(self.send_async(name))
+
+    async def send_async(self, name):
+        await add_request_async(self.add_request_async, self, (name,), {"lora_request": adapter(name)})
+
+
+def adapter(name):
+    return ParadeRequest(name, f"/x/{name}")
+
+
+@pytest.fixture(params=[Offline, Online])
+def kind(request):
+    return request.param
+
+
+def test_an_adapter_is_loaded_once(kind):
+    engine = kind()
+    for name in "aba":
+        engine.send(name)
+    assert engine.calls == [("/x/a", []), ("/x/b", [])]
+    assert engine.added == ["a", "b", "a"]
+    assert engine.registry.content_hash(adapter("a")) == "hash of /x/a"
+
+
+def test_least_recently_used_makes_room(kind):
+    engine = kind(unfinished=False)
+    for name in "abac":
+        engine.send(name)
+    assert engine.resident == ["a", "c"]
+    assert engine.calls[-1] == ("/x/c", ["hash of /x/b"])
+    engine.send("b")
+    assert engine.resident == ["c", "b"]
+
+
+def test_adapters_in_use_are_never_evicted(kind):
+    engine = kind()
+    engine.send("a")
+    engine.send("b")
+    with pytest.raises(
+        VLLMValidationError, match=r"all 2 adapters in host memory are in use; raise --max-cpu-parades.*now 2"
+    ):
+        engine.send("c")
+    assert engine.resident == ["a", "b"]
+    assert engine.added == ["a", "b"]
+    engine.send("a")
+    engine.unfinished = False
+    engine.send("c")
+    assert engine.resident == ["a", "c"]
+
+
+def test_pinned_adapters_are_never_evicted(kind):
+    engine = kind(unfinished=False)
+    engine.send("a")
+    engine.registry.pin(adapter("a"))
+    for name in "bcd":
+        engine.send(name)
+    assert engine.resident == ["a", "d"]
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        ([{"ok": False, "error": "no such folder"}], "adapter 'c': no such folder"),
+        (
+            [{"ok": True, "content_hash": "1"}, {"ok": False, "error": "no such folder"}],
+            "adapter 'c': no such folder",
+        ),
+        (
+            [{"ok": True, "content_hash": "1"}, {"ok": True, "content_hash": "2"}],
+            "adapter 'c': workers read different files in /x/c",
+        ),
+    ],
+)
+def test_a_failed_load_changes_nothing(kind, answers, message):
+    engine = kind(unfinished=False)
+    engine.send("a")
+    engine.send("b")
+    engine.answers["/x/c"] = answers
+    with pytest.raises(VLLMValidationError, match=message):
+        engine.send("c")
+    assert engine.resident == ["a", "b"]
+    assert engine.added == ["a", "b"]
+    # The next one is tried anew.
+    del engine.answers["/x/c"]
+    engine.send("c")
+    assert engine.resident == ["b", "c"]
+
+
+def test_refused_adapters_do_not_count_as_used(kind):
+    """However many a client tries in vain, what is in use is what is resident."""
+    engine = kind()
+    engine.send("a")
+    engine.send("b")
+    for name in "cdefg":
+        with pytest.raises(VLLMValidationError):
+            engine.send(name)
+    assert engine.registry._in_use == {("a", "/x/a"), ("b", "/x/b")}
+
+
+def test_content_under_two_names_is_kept_while_one_needs_it(kind):
+    engine = kind(unfinished=False)
+    for name in "ab":
+        engine.answers[f"/x/{name}"] = [{"ok": True, "content_hash": "same"}]
+        engine.send(name)
+    engine.send("c")
+    assert engine.calls[-1] == ("/x/c", [])
+    assert engine.resident == ["b", "c"]
+    engine.send("d")
+    assert engine.calls[-1] == ("/x/d", ["same"])
+
+
+def test_requests_of_the_base_model_load_nothing(kind):
+    engine = kind()
+    if kind is Offline:
+        add_request(engine.add_request, engine, ("0",), {})
+    else:
+        asyncio.run(add_request_async(engine.add_request_async, engine, ("0",), {}))
+    assert engine.added == ["0"]
+    assert engine.calls == []
+
+
+def test_many_first_requests_at_once_load_once():
+    engine = Online(unfinished=False)
+
+    async def burst():
+        await asyncio.gather(*(engine.send_async("a") for _ in range(5)))
+
+    asyncio.run(burst())
+    assert engine.calls == [("/x/a", [])]
+    assert len(engine.added) == 5
+
+
+def test_an_adapter_is_in_use_while_its_request_is_still_on_its_way():
+    """vLLM may await (tokenization) before it counts a request as unfinished; its adapter must not go meanwhile."""
+    engine = Online(max_cpu_parades=1, unfinished=False)
+
+    async def two():
+        on_its_way = asyncio.Event()
+        arrive = asyncio.Event()
+
+        async def slow(request_id, lora_request=None):
+            on_its_way.set()
+            await arrive.wait()
+
+        first = asyncio.create_task(add_request_async(slow, engine, ("a",), {"lora_request": adapter("a")}))
+        await on_its_way.wait()
+        with pytest.raises(VLLMValidationError, match="in use"):
+            await load_adapter(engine, adapter("b"))
+        arrive.set()
+        await first
+        await load_adapter(engine, adapter("b"))
+
+    asyncio.run(two())
+    assert engine.resident == ["b"]
+
+
+def test_an_engine_without_parade_has_no_registry():
+    processor = SimpleNamespace(vllm_config=SimpleNamespace())
+    with pytest.raises(VLLMValidationError, match="PARADE is not enabled"):
+        AdapterRegistry.of(processor)
+
+
+class TestArgument:
+    def method(self, first, lora_request=None, *, other=None):
+        raise NotImplementedError
+
+    @pytest.mark.parametrize(
+        ("args", "kwargs", "value"), [((1, 2), {}, 2), ((1,), {"lora_request": 3}, 3), ((1,), {}, None), ((), {}, None)]
+    )
+    def test_is_found_however_it_was_passed(self, args, kwargs, value):
+        assert argument(self.method, args, kwargs, "lora_request") == value

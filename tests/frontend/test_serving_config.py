@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The knobs, apart from vLLM: what is taken, what is refused, in which words."""
+
+import re
+
+import pytest
+
+from vllm_parade.config import ParadeConfigError, ParadeModule, ServingConfig, given_sites
+
+
+def test_defaults():
+    config = ServingConfig()
+    assert not config.enable_parade
+    assert (config.max_parades, config.host_capacity, config.max_parade_rank) == (32, 32, 64)
+    assert config.sites == ("q", "v", "up")
+
+
+def test_host_memory_holds_at_least_all_modules():
+    modules = [f"m{number}=/x/{number}" for number in range(5)]
+    assert ServingConfig(True, parade_modules=modules, max_parades=2).host_capacity == 5
+    assert ServingConfig(True, parade_modules=modules, max_parades=8).host_capacity == 8
+    assert ServingConfig(True, parade_modules=modules, max_parades=2, max_cpu_parades=6).host_capacity == 6
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["a=/x/a", " a = /x/a ", '{"name": "a", "path": "/x/a"}', {"name": "a", "path": "/x/a"}, ParadeModule("a", "/x/a")],
+)
+def test_forms_of_a_module(value):
+    assert ParadeModule.parse(value) == ParadeModule("a", "/x/a")
+
+
+def test_path_of_a_module_may_hold_an_equals_sign():
+    assert ParadeModule.parse("a=/x/r=12") == ParadeModule("a", "/x/r=12")
+
+
+def test_parent_of_a_module_may_be_null():
+    module = ParadeModule.parse('{"name": "a", "path": "/x/a", "base_model_name": null}')
+    assert module == ParadeModule("a", "/x/a", None)
+
+
+@pytest.mark.parametrize(
+    "value", ["a", "=/x", "a=", "{}", '{"name": "a"}', '{"path": "/x"}', '{"name": "a", "path": "/x", "r": 1}', 5, None]
+)
+def test_a_module_that_is_none(value):
+    with pytest.raises(ParadeConfigError, match="--parade-modules got .*expected name=path"):
+        ParadeModule.parse(value)
+
+
+def test_a_module_in_broken_json():
+    with pytest.raises(ParadeConfigError, match="--parade-modules got .*which is no JSON"):
+        ParadeModule.parse('{"name": "a"')
+
+
+@pytest.mark.parametrize("values", [{"parade_modules": "a=/x/a"}, {"parade_modules": {"name": "a", "path": "/x/a"}}])
+def test_one_module_needs_no_list(values):
+    config = ServingConfig.from_dict({"enable_parade": True, **values})
+    assert config.parade_modules == (ParadeModule("a", "/x/a"),)
+
+
+def test_one_site_needs_no_list():
+    assert ServingConfig.from_dict({"enable_parade": True, "parade_sites": "up"}).sites == ("up",)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"max_parades": 0}, "--max-parades is 0; expected a positive whole number"),
+        ({"max_parades": "3"}, "--max-parades is '3'; expected a positive whole number"),
+        ({"max_parade_rank": 1.5}, "--max-parade-rank is 1.5; expected a positive whole number"),
+        ({"max_cpu_parades": True}, "--max-cpu-parades is True; expected a positive whole number"),
+        ({"parade_sites": ("q", "o")}, "--parade-sites is ['q', 'o']; expected some of q, k, v, gate, up"),
+        ({"parade_modules": ["a=/x", "a=/y"]}, "--parade-modules names 'a' twice; give every adapter its own name"),
+        (
+            {"max_parades": 4, "max_cpu_parades": 3},
+            "--max-cpu-parades is 3, less than --max-parades, 4; what is on the device is held in host memory too: "
+            "raise the first or lower the second",
+        ),
+        (
+            {"max_parades": 1, "max_cpu_parades": 1, "parade_modules": ["a=/x", "b=/y"]},
+            "--max-cpu-parades is 1, but --parade-modules names 2 adapters; raise it, or leave it out",
+        ),
+        ({"max_parade": 3}, "unknown PARADE option 'max_parade'; known are enable_parade, max_cpu_parades"),
+    ],
+)
+def test_refusals_name_flag_value_and_remedy(values, message):
+    with pytest.raises(ParadeConfigError, match="^" + re.escape(message)):
+        ServingConfig.from_dict({"enable_parade": True, **values})
+
+
+def test_modules_without_enabling_are_refused():
+    with pytest.raises(ParadeConfigError, match="^--parade-modules needs --enable-parade; add it, or drop the modules"):
+        ServingConfig.from_dict({"parade_modules": ["a=/x"]})
+
+
+def test_sizes_without_enabling_are_harmless():
+    assert not ServingConfig.from_dict({"max_parades": 3}).enable_parade
+
+
+def test_absent_values_are_defaults():
+    assert ServingConfig.from_dict({"enable_parade": True, "max_cpu_parades": None}) == ServingConfig(True)
+
+
+def test_order_of_sites_carries_no_meaning():
+    assert ServingConfig(True, parade_sites=("up", "k", "q")).sites == ("q", "k", "up")
+    assert given_sites([("gate",), ("k", "q")]) == ("q", "k", "v", "gate", "up")
+    assert given_sites([]) == ("q", "v", "up")
