@@ -7,6 +7,8 @@ openai client, prints a table and stops the server. The exit code says whether a
 
 import asyncio
 import os
+import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -34,6 +36,8 @@ START_TIMEOUT_S = 600
 # A healthy server needs two; one that is still starting ignores the request to end.
 STOP_TIMEOUT_S = 10
 PROGRESS_EVERY_S = 5
+# Process, level, time and place, which vLLM writes before every message.
+LOG_PREFIX = re.compile(r"^(\([^)]*\) )?([A-Z]+ \S+ \S+ \[[^\]]*\]\s*)?")
 
 SENTENCES = (
     "a warm and funny film that never talks down to its audience .",
@@ -114,7 +118,7 @@ def started_server(model: Path) -> Iterator[Server]:
     port = free_port()
     command = serve_command(model, port)
     descriptor, log = tempfile.mkstemp(prefix="vllm-parade-demo-", suffix=".log")
-    say(f"starting {' '.join(command)}")
+    say(f"starting {shlex.join(command)}")
     say(f"its log: {log}")
     with os.fdopen(descriptor, "wb") as output:
         # In a session of its own: Ctrl-C reaches the demo alone, which then stops the server in order.
@@ -156,7 +160,7 @@ def wait_until_healthy(server: Server) -> None:
         if now - start > START_TIMEOUT_S:
             raise DemoError(f"the server is not healthy after {START_TIMEOUT_S} s")
         if now >= next_line:
-            say(f"{now - start:4.0f} s  {server.log_tail(1)[:100]}")
+            say(f"{now - start:4.0f} s  {LOG_PREFIX.sub('', server.log_tail(1))[:100]}")
             next_line += PROGRESS_EVERY_S
         time.sleep(0.5)
     say(f"healthy after {time.monotonic() - start:.0f} s")
@@ -177,7 +181,9 @@ async def ask(client: AsyncOpenAI, model: str, prompt: str) -> str:
         temperature=0,
         max_tokens=64,
     )
-    return (answer.choices[0].message.content or "").strip()
+    (choice,) = answer.choices
+    text = (choice.message.content or "").strip()
+    return f"{text} ..." if choice.finish_reason == "length" else text
 
 
 async def ask_all(server: Server) -> list[tuple[str, str]]:

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import subprocess
+import sys
 from collections.abc import Coroutine, Iterator
 from itertools import cycle
 from pathlib import Path
@@ -158,6 +160,14 @@ def test_beam_search_keeps_its_instruction(url: str, oracle: Oracle, trained: di
         model.unload()
     served = [choice.token_ids[-6:] for choice in answer.choices]
     assert served == wanted[:, len(prompt) :].tolist()
+
+
+def test_example_client(url: str) -> None:
+    command = [sys.executable, str(Path(__file__).parents[2] / "examples/client.py"), "--url", f"{url}/v1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert f"served: {BASE} (parent None), sst2 (parent {BASE}), e2e (parent {PARENT})" in done.stdout
+    assert "\n  sst2: negative\n" in done.stdout
 
 
 def test_adapters_are_listed_as_models(client: openai.OpenAI, smollm: str, trained: dict[str, ParadeRequest]) -> None:

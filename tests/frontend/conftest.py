@@ -47,6 +47,6 @@ def engine_config(model):
     from vllm.engine.arg_utils import EngineArgs
 
     def make(**options):
-        return EngineArgs(model, **{"skip_tokenizer_init": True, **options}).create_engine_config()
+        return EngineArgs(**{"model": model, "skip_tokenizer_init": True, **options}).create_engine_config()
 
     return make

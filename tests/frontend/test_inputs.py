@@ -162,4 +162,6 @@ def test_beam_search_keeps_the_first_prompts_instruction(processor, request_a):
 def test_beam_search_may_outgrow_a_step(processor, request_a):
     beam = request_a.for_beam_search()
     process(processor, beam, long_prompt(16))
-    assert Instruction.from_extra_args(process(processor, beam, long_prompt(17)).sampling_params.extra_args).tokens == 16
+    assert (
+        Instruction.from_extra_args(process(processor, beam, long_prompt(17)).sampling_params.extra_args).tokens == 16
+    )

@@ -109,7 +109,7 @@ def test_resumed_request_may_be_cut(make_engine):
 def test_row_of_a_preempted_request_is_taken_when_none_is_left(make_engine):
     """2 rows for 2 running requests. c overtakes the preempted b and takes its row; b then generates anew.
 
-    By then b has given 5 tokens: its 7 tokens of instruction must pass whole again, without those that are cached, while
+    By then b has given 5 tokens: its 7 tokens of instruction must pass whole again, even those that are cached, while
     the last 4 tokens may come later.
     """
     engine = make_engine(step_tokens=8, max_num_seqs=2, blocks=7, scheduling_policy="priority")
@@ -134,7 +134,7 @@ def test_row_of_a_preempted_request_is_taken_when_none_is_left(make_engine):
 
 
 def test_prefix_cache_counts_only_with_a_row(make_engine):
-    """b and d repeat the prompts of a and c; of PARADE's d every token must pass, of the base model's b only the last."""
+    """b and d repeat the prompts of a and c: of base request b only the last token must pass, of PARADE's d all."""
     engine = make_engine(step_tokens=64)
     tokens = list(range(13))
     engine.add("a", 13, tokens=tokens)

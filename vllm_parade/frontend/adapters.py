@@ -38,6 +38,17 @@ def argument(wrapped: Any, args: tuple, kwargs: dict[str, Any], name: str) -> An
     return _signature(wrapped.__func__).bind_partial(None, *args).arguments.get(name)
 
 
+def with_argument(
+    wrapped: Any, args: tuple, kwargs: dict[str, Any], name: str, value: Any
+) -> tuple[tuple, dict[str, Any]]:
+    """The arguments of a wrapped method with another value for `name`, however it was passed."""
+    # The first parameter is self, which `args` lacks.
+    position = list(_signature(wrapped.__func__).parameters).index(name) - 1
+    if position < len(args):
+        return (*args[:position], value, *args[position + 1 :]), kwargs
+    return args, {**kwargs, name: value}
+
+
 class AdapterRegistry:
     """What the front end knows of the adapters in the workers' host memory.
 
@@ -50,6 +61,8 @@ class AdapterRegistry:
         self.lock = asyncio.Lock()
         self._hashes: OrderedDict[AdapterKey, str] = OrderedDict()
         self._in_use: set[AdapterKey] = set()
+        # Requests that have their adapter and that the engine does not count as unfinished yet.
+        self.arriving = 0
         self._pinned: set[AdapterKey] = set()
 
     @classmethod
@@ -74,12 +87,12 @@ class AdapterRegistry:
         return self._hashes[key]
 
     def use(self, request: ParadeRequest, *, engine_is_idle: bool) -> bool:
-        """Mark an adapter as used; returns whether it is resident already."""
-        if engine_is_idle:
+        """Mark an adapter as used if it is resident; returns whether it is."""
+        if engine_is_idle and not self.arriving:
             self._in_use.clear()
         key = _key(request)
-        self._in_use.add(key)
         if key in self._hashes:
+            self._in_use.add(key)
             self._hashes.move_to_end(key)
             return True
         return False
@@ -100,14 +113,13 @@ class AdapterRegistry:
         return idle[: max(excess, 0)]
 
     def commit(self, request: ParadeRequest, evicted: list[AdapterKey], answers: list[dict[str, Any]]) -> None:
-        """Take note of what the workers answered to a load.
+        """Take note of what the workers answered to a load; the adapter is then in use.
 
         Raises:
             VLLMValidationError: the adapter cannot be used; nothing has changed.
         """
         for answer in answers:
             if not answer["ok"]:
-                self._in_use.discard(_key(request))
                 raise VLLMValidationError(f"adapter {request.parade_name!r}: {answer['error']}")
         hashes = {answer["content_hash"] for answer in answers}
         if len(hashes) != 1:
@@ -117,6 +129,7 @@ class AdapterRegistry:
         for key in evicted:
             del self._hashes[key]
         self._hashes[_key(request)] = hashes.pop()
+        self._in_use.add(_key(request))
         logger.info("Loaded PARADE adapter %r from %s", request.parade_name, request.parade_path)
 
     def load_arguments(self, request: ParadeRequest, evicted: list[AdapterKey]) -> tuple[str, list[str]]:
@@ -165,6 +178,12 @@ async def add_request_async(
 ) -> Any:
     """Wraps AsyncLLM.add_request: load the request's adapter first."""
     request = argument(wrapped, args, kwargs, "lora_request")
-    if isinstance(request, ParadeRequest):
-        await load_adapter(instance, request)
-    return await wrapped(*args, **kwargs)
+    if not isinstance(request, ParadeRequest):
+        return await wrapped(*args, **kwargs)
+    await load_adapter(instance, request)
+    registry = AdapterRegistry.of(instance.input_processor)
+    registry.arriving += 1
+    try:
+        return await wrapped(*args, **kwargs)
+    finally:
+        registry.arriving -= 1

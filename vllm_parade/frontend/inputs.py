@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.exceptions import VLLMValidationError
 
 from vllm_parade.config import ServingConfig
-from vllm_parade.frontend.adapters import AdapterRegistry, argument
+from vllm_parade.frontend.adapters import AdapterRegistry, argument, with_argument
 from vllm_parade.request import EXTRA_ARGS_KEY, Instruction, ParadeRequest
 
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ def process_inputs(
     if argument(wrapped, args, kwargs, "resumable"):
         raise VLLMValidationError(f"adapter {parade_request.parade_name!r}: streaming input is not supported")
     adapter = AdapterRegistry.of(instance).content_hash(parade_request)
-    request = wrapped(*args, **{**kwargs, "lora_request": None})
+    args, kwargs = with_argument(wrapped, args, kwargs, "lora_request", None)
+    request = wrapped(*args, **kwargs)
     instruction = _instruction(instance, request, parade_request, adapter)
     params = request.sampling_params
     # A fresh dict: copies of the parameters (n > 1, callers that reuse them) share the old one.
@@ -61,7 +62,8 @@ def _instruction(
             parameter="instruction_tokens",
             value=tokens,
         )
-    step_tokens = processor.vllm_config.scheduler_config.max_num_batched_tokens
+    scheduler = processor.vllm_config.scheduler_config
+    step_tokens = scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens
     if tokens > step_tokens:
         raise VLLMValidationError(
             f"the prompt has {tokens} tokens, but adapter {name!r} must read it in one step of at most {step_tokens} "

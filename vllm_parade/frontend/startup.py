@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from vllm.compilation.breakable_cudagraph import is_breakable_cudagraph_enabled
 from vllm.logger import init_logger
 
 from vllm_parade.adapter import AdapterError, BaseModelShape, load_adapter, load_config
@@ -43,7 +44,7 @@ def create_engine_config(
         if not config.enable_parade:
             return wrapped(*args, **kwargs)
         vllm_config = wrapped(*args, **kwargs)
-        _enable(vllm_config, config)
+        _enable(vllm_config, config, instance.served_model_name)
     except (ParadeConfigError, AdapterError) as error:
         if not command_line:
             raise
@@ -54,9 +55,10 @@ def create_engine_config(
     return vllm_config
 
 
-def _enable(vllm_config: "VllmConfig", config: ServingConfig) -> None:
+def _enable(vllm_config: "VllmConfig", config: ServingConfig, served_names: str | list[str] | None) -> None:
     refuse_unsupported(vllm_config)
     config = _with_sites(config)
+    _check_names(vllm_config, config, [served_names] if isinstance(served_names, str) else served_names or [])
     _check_modules(vllm_config, config)
     vllm_config.scheduler_config.scheduler_cls = SCHEDULERS[bool(vllm_config.scheduler_config.async_scheduling)]
     vllm_config.parallel_config.worker_cls = WORKERS[vllm_config.parallel_config.worker_cls]
@@ -78,15 +80,19 @@ def _with_sites(config: ServingConfig) -> ServingConfig:
     return replace(config, parade_sites=given_sites([load_config(m.path).sites for m in config.parade_modules]))
 
 
-def _check_modules(vllm_config: "VllmConfig", config: ServingConfig) -> None:
-    """Read every static adapter once, so that a bad one is one clear line before minutes of loading the model."""
-    served = vllm_config.model_config.served_model_name
-    shape = BaseModelShape.from_hf_config(vllm_config.model_config.hf_text_config)
+def _check_names(vllm_config: "VllmConfig", config: ServingConfig, served_names: list[str]) -> None:
+    """The model's config knows the first of its names only, but clients get the base model under any of them."""
     for module in config.parade_modules:
-        if module.name in ([served] if isinstance(served, str) else served or []):
+        if module.name in (vllm_config.model_config.served_model_name, *served_names):
             raise ParadeConfigError(
                 f"--parade-modules names {module.name!r}, which is the base model's name; rename one of them"
             )
+
+
+def _check_modules(vllm_config: "VllmConfig", config: ServingConfig) -> None:
+    """Read every static adapter once, so that a bad one is one clear line before minutes of loading the model."""
+    shape = BaseModelShape.from_hf_config(vllm_config.model_config.hf_text_config)
+    for module in config.parade_modules:
         load_adapter(module.path, shape, max_rank=config.max_parade_rank, sites=config.sites)
 
 
@@ -119,9 +125,9 @@ def _unsupported(vllm_config: "VllmConfig") -> list[tuple[str, bool, str]]:
             "the Rust front end bypasses the plugin; unset it",
         ),
         (
-            "VLLM_USE_V2_MODEL_RUNNER",
-            bool(vllm_config.use_v2_model_runner),
-            "model runner V2 is not supported yet; set VLLM_USE_V2_MODEL_RUNNER=0",
+            "VLLM_USE_BREAKABLE_CUDAGRAPH",
+            is_breakable_cudagraph_enabled(),
+            "its graphs would replay a step without generators; unset it",
         ),
         (
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING",

@@ -3,7 +3,7 @@
 
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from vllm_parade.worker.runner import ParadeWorkerMixin
+from vllm_parade.worker.worker import ParadeWorkerMixin
 
 
 class ParadeCPUWorker(ParadeWorkerMixin, CPUWorker):

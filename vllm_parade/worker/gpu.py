@@ -3,7 +3,7 @@
 
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_parade.worker.runner import ParadeWorkerMixin
+from vllm_parade.worker.worker import ParadeWorkerMixin
 
 
 class ParadeGPUWorker(ParadeWorkerMixin, Worker):

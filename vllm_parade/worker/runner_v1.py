@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What PARADE adds to vLLM's model runner V1 and to its workers."""
+"""What PARADE adds to vLLM's model runner V1, which CPUs run."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -8,14 +8,13 @@ from vllm_parade.worker.manager import ParadeManager
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner as RunnerBase
-    from vllm.v1.worker.gpu_worker import Worker as WorkerBase
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner as Base
 else:
-    RunnerBase = WorkerBase = object
+    Base = object
 
 
-class ParadeModelRunnerMixin(RunnerBase):
-    """Mixed into the class of the worker's model runner."""
+class ParadeModelRunnerMixin(Base):
+    """Mixed into the class of the worker's model runner V1."""
 
     parade: ParadeManager
 
@@ -40,17 +39,3 @@ class ParadeModelRunnerMixin(RunnerBase):
     def _dummy_run(self, *args: Any, **kwargs: Any) -> Any:
         self.parade.batch.clear()
         return super()._dummy_run(*args, **kwargs)
-
-
-class ParadeWorkerMixin(WorkerBase):
-    """Mixed into vLLM's workers."""
-
-    def init_device(self) -> None:
-        """Make the device ready, and the model runner that vLLM chose a PARADE one."""
-        super().init_device()
-        runner_class = type(self.model_runner)
-        self.model_runner.__class__ = type(f"Parade{runner_class.__name__}", (ParadeModelRunnerMixin, runner_class), {})
-
-    def parade_add(self, path: str, evicted: list[str]) -> dict[str, Any]:
-        """Remote call: read an adapter; see ParadeManager.add_adapter."""
-        return self.model_runner.parade.add_adapter(path, evicted)

@@ -1,0 +1,34 @@
+"""The examples run as they stand."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.servers import environment
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.mark.engine
+def test_offline(smollm: str) -> None:
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "offline.py")],
+        env=environment(),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    answers = [line.strip() for line in done.stdout.splitlines() if line.startswith("  ")]
+    assert [answer.partition(":")[0] for answer in answers] == ["base model", "sst2", "base model", "e2e"]
+    assert answers[1] == "sst2: positive"
+    assert answers[3].startswith("e2e: Sea Lantern is a")
+    assert len(set(answers)) == 4
+
+
+def test_shell_scripts_parse() -> None:
+    for script in EXAMPLES.glob("*.sh"):
+        subprocess.run(["bash", "-n", str(script)], check=True)

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+import torch
+
+from vllm_parade.layers import BatchMetadata, GeneratorJob
+
+
+@pytest.fixture
+def batch():
+    return BatchMetadata.make(8, torch.device("cpu"))
+
+
+def test_begins_with_the_identity(batch):
+    assert batch.token_rows.dtype == torch.int32
+    assert batch.token_rows.tolist() == [0] * 8
+    assert batch.jobs == []
+
+
+def test_every_token_gets_its_requests_row(batch):
+    batch.prepare([3, 0, 5], [2, 3, 1], [])
+    assert batch.token_rows.tolist() == [3, 3, 0, 0, 0, 5, 0, 0]
+
+
+def test_padding_is_the_identity_whatever_stood_there(batch):
+    batch.prepare([7], [8], [])
+    batch.prepare([2], [3], [])
+    assert batch.token_rows.tolist() == [2, 2, 2, 0, 0, 0, 0, 0]
+
+
+def test_a_step_without_tokens(batch):
+    batch.prepare([7], [8], [])
+    batch.prepare([], [], [])
+    assert batch.token_rows.tolist() == [0] * 8
+
+
+def test_address_stays(batch):
+    """CUDA graphs replay it."""
+    address = batch.token_rows.data_ptr()
+    batch.prepare([1, 2], [4, 4], [])
+    batch.clear()
+    assert batch.token_rows.data_ptr() == address
+
+
+def test_jobs_are_those_of_this_step(batch):
+    job = GeneratorJob("hash", row=1, start=0, stop=4)
+    batch.prepare([1], [4], [job])
+    assert batch.jobs == [job]
+    batch.prepare([1], [1], [])
+    assert batch.jobs == []
+
+
+def test_clear_is_a_step_without_requests(batch):
+    batch.prepare([1], [4], [GeneratorJob("hash", row=1, start=0, stop=4)])
+    batch.clear()
+    assert batch.token_rows.tolist() == [0] * 8
+    assert batch.jobs == []

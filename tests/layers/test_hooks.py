@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hooks of a decoder layer, on a hand-made model with the modules of vLLM's and nothing else."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from vllm.forward_context import override_forward_context
+
+from vllm_parade.adapter import Adapter, AdapterConfig, BaseModelShape, adapted_layers, initial_generator
+from vllm_parade.layers import BatchMetadata, GeneratorJob, adjust_model
+from vllm_parade.layers.model import UnsupportedModelError
+from vllm_parade.ops import reference
+
+HIDDEN, HEAD, HEADS, KV_HEADS, INTERMEDIATE, LAYERS, ROWS, TOKENS = 16, 4, 4, 2, 24, 2, 5, 12
+SHAPE = BaseModelShape(
+    hidden_size=HIDDEN,
+    num_layers=LAYERS,
+    widths={"q": 16, "k": 8, "v": 8, "gate": INTERMEDIATE, "up": INTERMEDIATE},
+)
+CPU = torch.device("cpu")
+
+
+class Projection(nn.Module):
+    """Returns (output, bias), as vLLM's linear layers do."""
+
+    def __init__(self, width, **attributes):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(width, HIDDEN), requires_grad=False)
+        for name, value in {"tp_rank": 0, "tp_size": 1, **attributes}.items():
+            setattr(self, name, value)
+
+    def forward(self, hidden):
+        return F.linear(hidden, self.weight), None
+
+
+class Norm(nn.Module):
+    """Returns a tensor, or with a residual the pair of vLLM's fused add-norm."""
+
+    def forward(self, hidden, residual=None):
+        if residual is None:
+            return F.rms_norm(hidden, (HIDDEN,))
+        residual = hidden + residual
+        return F.rms_norm(residual, (HIDDEN,)), residual
+
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.input_layernorm = Norm()
+        self.self_attn = nn.Module()
+        self.self_attn.qkv_proj = Projection(
+            32, num_heads=HEADS, num_kv_heads=KV_HEADS, num_kv_head_replicas=1, head_size=HEAD, v_head_size=HEAD
+        )
+        self.mlp = nn.Module()
+        self.mlp.gate_up_proj = Projection(2 * INTERMEDIATE, output_sizes=[INTERMEDIATE, INTERMEDIATE])
+
+    def forward(self, hidden, residual=None):
+        normed = self.input_layernorm(hidden, residual)
+        attention_input = normed[0] if isinstance(normed, tuple) else normed
+        return self.self_attn.qkv_proj(attention_input)[0], self.mlp.gate_up_proj(attention_input)[0]
+
+
+def make_model():
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.layers = nn.ModuleList(Layer() for _ in range(LAYERS))
+    return model
+
+
+class Adjusted:
+    """A model with hooks, and its twin without."""
+
+    def __init__(self, sites=("q", "v", "up")):
+        self.model, self.plain = make_model(), make_model()
+        self.batch = BatchMetadata.make(TOKENS, CPU)
+        self.context = {}
+        self.layers = adjust_model(
+            self.model,
+            sites=sites,
+            num_rows=ROWS,
+            batch=self.batch,
+            forward_context=self.context,
+            device=CPU,
+            dtype=torch.float32,
+        )
+
+    def run(self, index, hidden, residual=None):
+        with override_forward_context(SimpleNamespace(no_compile_layers=self.context)):
+            return self.model.layers[index](hidden, residual)
+
+    def activate(self, adapter):
+        for layer in self.layers:
+            layer.activate(adapter, SHAPE)
+
+
+def hidden_states(tokens=TOKENS, seed=0):
+    return torch.randn(tokens, HIDDEN, generator=torch.Generator().manual_seed(seed))
+
+
+def make_adapter(seed=0, **options):
+    config = AdapterConfig(r=8, **options)
+    random = torch.Generator().manual_seed(seed)
+    generators = {}
+    for layer in adapted_layers(config, SHAPE):
+        generators[layer] = initial_generator(config, SHAPE, random)
+        generators[layer].down.normal_(0, 1, generator=random)
+        generators[layer].up.normal_(0, 1, generator=random)
+    return Adapter(config, generators, f"hash {seed}")
+
+
+def expected_vector(adapter, layer, instruction):
+    weights, config = adapter.generators[layer], adapter.config
+    return reference.generate(
+        instruction[None],
+        torch.ones(1, len(instruction), dtype=torch.bool),
+        down=weights.down,
+        query=weights.query,
+        weight=weights.weight,
+        up=weights.up,
+        bias=weights.bias,
+        pooler=config.pooler,
+        activation=config.activation,
+    )[0]
+
+
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_base_rows_are_bit_identical(with_residual):
+    """Also in a batch with others, and though other rows hold NaN."""
+    adjusted = Adjusted()
+    for layer in adjusted.layers:
+        layer.table[1:] = torch.nan
+    adjusted.batch.prepare([0, 2, 0], [3, 2, 4], [])
+    residual = hidden_states(seed=1) if with_residual else None
+    base = torch.tensor([0, 1, 2, 5, 6, 7, 8, 9, 10, 11])
+    for index in range(LAYERS):
+        for got, plain in zip(
+            adjusted.run(index, hidden_states(), residual),
+            adjusted.plain.layers[index](hidden_states(), residual),
+            strict=True,
+        ):
+            assert torch.equal(got[base], plain[base])
+            assert got[3:5].isnan().any()
+
+
+def test_every_token_is_scaled_by_its_own_row():
+    adjusted = Adjusted()
+    table = adjusted.layers[0].table
+    table[1:] = torch.rand(ROWS - 1, table.shape[1]) + 0.5
+    adjusted.batch.prepare([3, 0, 1], [5, 2, 5], [])
+    rows = torch.tensor([3] * 5 + [0] * 2 + [1] * 5)
+    q, v, up = table[rows].split([16, 8, INTERMEDIATE], dim=1)
+    qkv, gate_up = adjusted.run(0, hidden_states())
+    plain_qkv, plain_gate_up = adjusted.plain.layers[0](hidden_states())
+    assert torch.equal(qkv, plain_qkv * torch.cat([q, torch.ones(TOKENS, 8), v], dim=1))
+    assert torch.equal(gate_up, plain_gate_up * torch.cat([torch.ones(TOKENS, INTERMEDIATE), up], dim=1))
+
+
+def test_all_five_sites_have_their_columns():
+    adjusted = Adjusted(("q", "k", "v", "gate", "up"))
+    table = adjusted.layers[0].table
+    table[1] = torch.arange(table.shape[1])
+    adjusted.batch.prepare([1], [TOKENS], [])
+    qkv, gate_up = adjusted.run(0, hidden_states())
+    plain_qkv, plain_gate_up = adjusted.plain.layers[0](hidden_states())
+    assert torch.equal(qkv, plain_qkv * torch.arange(32))
+    assert torch.equal(gate_up, plain_gate_up * torch.arange(32, 32 + 2 * INTERMEDIATE))
+
+
+def test_a_projection_without_sites_has_no_hook():
+    adjusted = Adjusted(("up",))
+    assert not adjusted.model.layers[0].self_attn.qkv_proj._forward_hooks
+    assert adjusted.model.layers[0].mlp.gate_up_proj._forward_hooks
+
+
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("generator_input", ["layer_input", "attention_input"])
+def test_an_instruction_writes_its_row_before_it_is_scaled(generator_input, with_residual):
+    """The residual stream is the norm's input where it returns a tensor, its second output where it returns a pair."""
+    adjusted, adapter = Adjusted(), make_adapter(generator_input=generator_input)
+    adjusted.activate(adapter)
+    adjusted.batch.prepare([0, 2, 4], [3, 6, 3], [GeneratorJob(adapter.content_hash, row=2, start=3, stop=7)])
+    hidden, residual = hidden_states(), hidden_states(seed=1) if with_residual else None
+    stream = hidden if residual is None else hidden + residual
+    read = stream if generator_input == "layer_input" else F.rms_norm(stream, (HIDDEN,))
+    qkv, _ = adjusted.run(1, hidden, residual)
+    vector = expected_vector(adapter, 1, read[3:7])
+    table = adjusted.layers[1].table
+    torch.testing.assert_close(table[2], vector)
+    assert (vector - 1).abs().max() > 0.1
+    others = torch.tensor([0, 1, 3, 4])
+    assert torch.equal(table[others], torch.ones_like(table[others]))
+    plain_qkv, _ = adjusted.plain.layers[1](hidden, residual)
+    torch.testing.assert_close(qkv[3:9, :16], plain_qkv[3:9, :16] * vector[:16])
+
+
+def test_instructions_of_several_adapters_pass_together():
+    """Two of one adapter, of different lengths, and one of another pooler and rank."""
+    adjusted = Adjusted()
+    first, second = make_adapter(0), make_adapter(1, pooler="last_token", activation="tanh")
+    adjusted.activate(first)
+    adjusted.activate(second)
+    jobs = [
+        GeneratorJob(first.content_hash, row=1, start=0, stop=5),
+        GeneratorJob(second.content_hash, row=3, start=5, stop=9),
+        GeneratorJob(first.content_hash, row=2, start=9, stop=12),
+    ]
+    adjusted.batch.prepare([1, 3, 2], [5, 4, 3], jobs)
+    hidden = hidden_states()
+    adjusted.run(0, hidden)
+    for job, adapter in zip(jobs, (first, second, first), strict=True):
+        expected = expected_vector(adapter, 0, hidden[job.start : job.stop])
+        torch.testing.assert_close(adjusted.layers[0].table[job.row], expected)
+
+
+def test_later_steps_keep_the_row():
+    adjusted, adapter = Adjusted(), make_adapter()
+    adjusted.activate(adapter)
+    adjusted.batch.prepare([1], [5], [GeneratorJob(adapter.content_hash, row=1, start=0, stop=5)])
+    adjusted.run(0, hidden_states(5))
+    row = adjusted.layers[0].table[1].clone()
+    for layer in adjusted.layers:
+        layer.deactivate(adapter.content_hash)
+    adjusted.batch.prepare([1], [1], [])
+    adjusted.run(0, hidden_states(1, seed=2))
+    assert torch.equal(adjusted.layers[0].table[1], row)
+
+
+def test_a_layer_without_generator_takes_the_row_back_to_one():
+    """Else it would scale by what the row's former owner left there."""
+    adjusted, adapter = Adjusted(), make_adapter(layers_to_transform=(0,))
+    adjusted.activate(adapter)
+    adjusted.layers[1].table[1] = 7
+    adjusted.batch.prepare([1], [5], [GeneratorJob(adapter.content_hash, row=1, start=0, stop=5)])
+    adjusted.run(1, hidden_states(5))
+    assert torch.equal(adjusted.layers[1].table[1], torch.ones_like(adjusted.layers[1].table[1]))
+
+
+def test_parameters_keep_their_names():
+    """Weights can be loaded again, and a twin of the same classes stays clean."""
+    adjusted = Adjusted()
+    assert list(adjusted.model.state_dict()) == list(adjusted.plain.state_dict())
+    assert not adjusted.plain.layers[0].input_layernorm._forward_hooks
+
+
+def test_the_generator_op_finds_each_layer_by_name():
+    adjusted = Adjusted()
+    assert list(adjusted.context) == ["layers.0.parade_generator", "layers.1.parade_generator"]
+    assert [layer.index for layer in adjusted.layers] == [0, 1]
+
+
+class TestUnsupportedModels:
+    def adjust(self, model):
+        batch = BatchMetadata.make(TOKENS, CPU)
+        adjust_model(model, sites=("q",), num_rows=2, batch=batch, forward_context={}, device=CPU, dtype=torch.float32)
+
+    def test_no_decoder_layers(self):
+        with pytest.raises(UnsupportedModelError, match="no decoder layer with input_layernorm, self_attn and mlp"):
+            self.adjust(nn.Linear(2, 2))
+
+    @pytest.mark.parametrize(("module", "projection"), [("self_attn", "qkv_proj"), ("mlp", "gate_up_proj")])
+    def test_other_projections(self, module, projection):
+        model = make_model()
+        delattr(getattr(model.layers[1], module), projection)
+        with pytest.raises(UnsupportedModelError, match=r"layer layers\.1 has no fused qkv_proj and gate_up_proj"):
+            self.adjust(model)

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What PARADE adds to vLLM's model runner V2, the default on GPUs.
+
+V2 sends a preempted request again as a new one, with its generated tokens in the prompt. That does not matter here: how
+long an instruction is, and whether it must be read, stands in the step's plan.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from vllm_parade.request import PLAN_ATTRIBUTE
+from vllm_parade.worker.manager import ParadeManager
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.worker.gpu.input_batch import InputBatch
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner as Base
+else:
+    Base = object
+
+
+class ParadeModelRunnerV2Mixin(Base):
+    """Mixed into the class of the worker's model runner V2."""
+
+    parade: ParadeManager
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """Load the model, then give its layers their vector tables: before profiling measures memory."""
+        super().load_model(*args, **kwargs)
+        self.parade = ParadeManager(self.vllm_config, self.get_model(), self.device)
+
+    def prepare_inputs(self, scheduler_output: "SchedulerOutput", *args: Any, **kwargs: Any) -> "InputBatch":
+        """Fill the step's metadata as soon as the batch has its order. Dummy runs never come here."""
+        input_batch = super().prepare_inputs(scheduler_output, *args, **kwargs)
+        plan = getattr(scheduler_output, PLAN_ATTRIBUTE)
+        self.parade.prepare(plan, input_batch.req_ids, scheduler_output.num_scheduled_tokens)
+        return input_batch
+
+    def execute_model(self, *args: Any, dummy_run: bool = False, **kwargs: Any) -> Any:
+        """Run a step; one without requests must not read the last step's instructions again."""
+        if dummy_run:
+            self.parade.batch.clear()
+        return super().execute_model(*args, dummy_run=dummy_run, **kwargs)

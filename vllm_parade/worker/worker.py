@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What PARADE adds to vLLM's workers: the right runner, and the remote calls of the adapters' life."""
+
+from typing import TYPE_CHECKING, Any
+
+from vllm_parade.worker.runner_v1 import ParadeModelRunnerMixin
+from vllm_parade.worker.runner_v2 import ParadeModelRunnerV2Mixin
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu_worker import Worker as Base
+else:
+    Base = object
+
+
+class ParadeWorkerMixin(Base):
+    """Mixed into vLLM's workers."""
+
+    def init_device(self) -> None:
+        """Make the device ready, and the model runner that vLLM chose a PARADE one."""
+        super().init_device()
+        mixin = ParadeModelRunnerV2Mixin if self.use_v2_model_runner else ParadeModelRunnerMixin
+        runner_class = type(self.model_runner)
+        self.model_runner.__class__ = type(f"Parade{runner_class.__name__}", (mixin, runner_class), {})
+
+    def parade_add(self, path: str, evicted: list[str]) -> dict[str, Any]:
+        """Remote call: read an adapter; see ParadeManager.add_adapter."""
+        return self.model_runner.parade.add_adapter(path, evicted)
