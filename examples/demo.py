@@ -101,6 +101,7 @@ def server_environment() -> dict[str, str]:
     defaults = {
         "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; vLLM would take a share of the machine's memory
         "VLLM_NO_USAGE_STATS": "1",
+        "PYTHONUNBUFFERED": "1",  # the log shows at once how far the server is
         "HF_HUB_OFFLINE": "1",  # the model is a local folder: ask nobody about it
     }
     return defaults | os.environ
@@ -217,6 +218,8 @@ def run() -> None:
             raise DemoError(f"{error}\nThe end of the server's log:\n{server.log_tail(40)}") from error
         say(f"{2 * len(answers)} answers in {time.monotonic() - start:.1f} s, asked in one batch")
         print_table(answers)
+        if any(base == adapted for base, adapted in answers):
+            raise DemoError("an adapter gave the base model's answer")
 
 
 def say(text: str) -> None:

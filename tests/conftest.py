@@ -9,6 +9,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
+import torch
 
 from base_model import base_model
 from tests.adapters import VARIANTS, make_adapter
@@ -17,6 +18,17 @@ from vllm_parade import ParadeRequest
 from vllm_parade.adapter import BaseModelShape
 
 ROOT = Path(__file__).parent.parent
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Kernels need a GPU or the interpreter, whose process runs nothing else: vLLM there is another one (runner V2)."""
+    for item in items:
+        kernels = item.get_closest_marker("triton") is not None
+        if kernels and not INTERPRETED and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU, or TRITON_INTERPRET=1"))
+        if INTERPRETED and not kernels:
+            item.add_marker(pytest.mark.skip(reason="runs without Triton's interpreter"))
 
 
 @pytest.fixture(scope="session")

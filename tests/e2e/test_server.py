@@ -34,12 +34,19 @@ PROMPTS = {
 
 
 @pytest.fixture(scope="module")
-def url(smollm: str, trained: dict[str, ParadeRequest], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    as_json = json.dumps({"name": "e2e", "path": trained["e2e"].path, "base_model_name": PARENT})
+def adapters(trained: dict[str, ParadeRequest], variants: dict[str, ParadeRequest]) -> dict[str, ParadeRequest]:
+    """The two trained ones, and one that changes its mind with every token that is added to an instruction."""
+    return {**trained, "last": variants["last"]}
+
+
+@pytest.fixture(scope="module")
+def url(smollm: str, adapters: dict[str, ParadeRequest], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    as_json = json.dumps({"name": "e2e", "path": adapters["e2e"].path, "base_model_name": PARENT})
+    given = [f"sst2={adapters['sst2'].path}", as_json, f"last={adapters['last'].path}"]
     flags = [
         *("--served-model-name", BASE, "--dtype", "float32", "--enforce-eager"),
         *("--max-model-len", "512", "--max-num-batched-tokens", str(STEP_TOKENS), "--max-num-seqs", "32"),
-        *("--enable-parade", "--parade-modules", f"sst2={trained['sst2'].path}", as_json),
+        *("--enable-parade", "--parade-modules", *given),
     ]
     with servers.server(smollm, *flags, log=tmp_path_factory.mktemp("server") / "server.log") as url:
         yield url
@@ -92,14 +99,14 @@ def chat(client: openai.OpenAI, model: str, prompt: str, **options: Any) -> Any:
     )
 
 
-def test_both_adapters_and_the_base_model_together(url: str, oracle: Oracle, trained: dict[str, ParadeRequest]) -> None:
-    models = cycle([BASE, "sst2", "e2e"])
+def test_adapters_and_the_base_model_together(url: str, oracle: Oracle, adapters: dict[str, ParadeRequest]) -> None:
+    models = cycle([BASE, "sst2", "e2e", "last"])
     # The base model's long prompts pass in chunks; an adapter's may fill a whole step.
-    lengths = [400, 1, 16, 31, STEP_TOKENS, 17, 5, 64, 120, 300, 33, 200, 9, 2, STEP_TOKENS - 1]
+    lengths = [400, 1, 16, 31, 300, STEP_TOKENS, 17, 5, 64, 120, 33, 200, 9, 2, STEP_TOKENS - 1, 48]
     asked = [question(next(models), prompt["prompt_token_ids"]) for prompt in prompts(lengths, seed=20)]
     answers = ask_together(url, *asked)
     assert [answer.model for answer in answers] == [one["model"] for one in asked]
-    requests = [trained.get(one["model"]) for one in asked]
+    requests = [adapters.get(one["model"]) for one in asked]
     oracle.check([completion_output(answer.choices[0]) for answer in answers], requests)
 
 
@@ -140,13 +147,13 @@ def test_several_answers_to_one_prompt(url: str, oracle: Oracle, trained: dict[s
         assert (torch.tensor(choice.logprobs.token_logprobs) - values).abs().max() <= TOLERANCE
 
 
-def test_beam_search_keeps_its_instruction(url: str, oracle: Oracle, trained: dict[str, ParadeRequest]) -> None:
+def test_beam_search_keeps_its_instruction(url: str, oracle: Oracle, adapters: dict[str, ParadeRequest]) -> None:
     prompt = prompts([20], seed=22)[0]["prompt_token_ids"]
     beams: dict[str, Any] = {"n": 3, "logprobs": None}
     body = {"return_token_ids": True, "ignore_eos": True, "use_beam_search": True}
-    asked = {**question("e2e", prompt, max_tokens=6), **beams, "extra_body": body}
+    asked = {**question("last", prompt, max_tokens=6), **beams, "extra_body": body}
     (answer,) = ask_together(url, asked)
-    model = ParadeModel.from_pretrained(oracle.base, trained["e2e"].path)
+    model = ParadeModel.from_pretrained(oracle.base, adapters["last"].path)
     try:
         wanted = model.generate(
             torch.tensor([prompt]),
@@ -166,16 +173,20 @@ def test_example_client(url: str) -> None:
     command = [sys.executable, str(Path(__file__).parents[2] / "examples/client.py"), "--url", f"{url}/v1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert f"served: {BASE} (parent None), sst2 (parent {BASE}), e2e (parent {PARENT})" in done.stdout
+    assert (
+        f"served: {BASE} (parent None), sst2 (parent {BASE}), e2e (parent {PARENT}), last (parent {BASE})"
+        in done.stdout
+    )
     assert "\n  sst2: negative\n" in done.stdout
 
 
-def test_adapters_are_listed_as_models(client: openai.OpenAI, smollm: str, trained: dict[str, ParadeRequest]) -> None:
+def test_adapters_are_listed_as_models(client: openai.OpenAI, smollm: str, adapters: dict[str, ParadeRequest]) -> None:
     cards = {card.id: card.to_dict() for card in client.models.list()}
     assert {name: (card["root"], card["parent"]) for name, card in cards.items()} == {
         BASE: (smollm, None),
-        "sst2": (trained["sst2"].path, BASE),
-        "e2e": (trained["e2e"].path, PARENT),
+        "sst2": (adapters["sst2"].path, BASE),
+        "e2e": (adapters["e2e"].path, PARENT),
+        "last": (adapters["last"].path, BASE),
     }
 
 

@@ -27,12 +27,6 @@ def test_padding_is_the_identity_whatever_stood_there(batch):
     assert batch.token_rows.tolist() == [2, 2, 2, 0, 0, 0, 0, 0]
 
 
-def test_a_step_without_tokens(batch):
-    batch.prepare([7], [8], [])
-    batch.prepare([], [], [])
-    assert batch.token_rows.tolist() == [0] * 8
-
-
 def test_address_stays(batch):
     """CUDA graphs replay it."""
     address = batch.token_rows.data_ptr()

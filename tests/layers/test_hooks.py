@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hooks of a decoder layer, on a hand-made model with the modules of vLLM's and nothing else."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -106,9 +107,10 @@ def make_adapter(seed=0, **options):
     generators = {}
     for layer in adapted_layers(config, SHAPE):
         generators[layer] = initial_generator(config, SHAPE, random)
-        generators[layer].down.normal_(0, 1, generator=random)
-        generators[layer].up.normal_(0, 1, generator=random)
-    return Adapter(config, generators, f"hash {seed}")
+        for name, tensor in generators[layer].named_tensors().items():
+            if name != "up.bias":
+                tensor.normal_(0, 0.3, generator=random)
+    return Adapter(config, generators, content_hash=f"hash {seed}", path=Path("/x"))
 
 
 def expected_vector(adapter, layer, instruction):

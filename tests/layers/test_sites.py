@@ -100,8 +100,9 @@ def test_a_shard_is_a_copy_in_the_models_dtype():
 def strong_generator(config, shape):
     random = torch.Generator().manual_seed(0)
     weights = initial_generator(config, shape, random)
-    weights.down.normal_(0, 1, generator=random)
-    weights.up.normal_(0, 1, generator=random)
+    for name, tensor in weights.named_tensors().items():
+        if name != "up.bias":
+            tensor.normal_(0, 0.3, generator=random)
     return weights
 
 

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels give what the reference gives. Runs on a GPU, or on the CPU under Triton's interpreter."""
+
+import pytest
+import torch
+
+from vllm_parade.adapter import AdapterConfig, BaseModelShape, GeneratorWeights, initial_generator
+from vllm_parade.ops import reference
+
+pytestmark = pytest.mark.triton
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3}
+if DEVICE == "cuda":
+    # Triton's interpreter multiplies bfloat16 matrices as if their bits were integers.
+    TOLERANCE[torch.bfloat16] = 2e-2
+HIDDEN = 200
+WIDTHS = {"q": 96, "k": 32, "v": 32, "gate": 130, "up": 141}
+SHAPE = BaseModelShape(HIDDEN, 1, WIDTHS)
+CONFIGS = [
+    {},
+    {"r": 8, "num_capsules": 2, "activation": "relu", "generator_input": "attention_input"},
+    {"r": 7, "num_capsules": 1, "activation": "silu", "pooler": "dynamic_routing"},
+    {"r": 5, "num_capsules": 3, "activation": "tanh", "pooler": "last_token"},
+    {"r": 48, "num_capsules": 16},
+    {"r": 64, "num_capsules": 4, "pooler": "dynamic_routing"},
+]
+
+
+def random_generator(config: AdapterConfig, seed: int, dtype: torch.dtype) -> GeneratorWeights:
+    random = torch.Generator().manual_seed(seed)
+    weights = initial_generator(config, SHAPE, random)
+    weights.up.normal_(0, 0.25, generator=random)
+    for tensor in (weights.down, weights.query, weights.weight):
+        if tensor is not None:
+            tensor.normal_(0, 0.2, generator=random)
+    return weights.to(DEVICE, dtype)
+
+
+def run_both(lengths, configs, dtype, *, gap=3, num_rows=None, strided=False):
+    """Rows by the kernels and by the reference, with foreign tokens between the instructions."""
+    from vllm_parade.ops import generate
+
+    random = torch.Generator().manual_seed(0)
+    total = sum(lengths) + gap * (len(lengths) + 1)
+    width = sum(WIDTHS.values())
+    streams = [torch.randn(total, HIDDEN, generator=random).to(DEVICE, dtype) for _ in range(2)]
+    if strided:
+        streams = [torch.cat([stream, stream], dim=1)[:, :HIDDEN] for stream in streams]
+    settings = [AdapterConfig(sites=tuple(WIDTHS), **config) for config in configs]
+    weights = [random_generator(config, seed, dtype) for seed, config in enumerate(settings)]
+    pointers, keep = generate.pointer_rows(weights)
+    table = torch.full((num_rows or len(lengths) + 2, width), float("nan"), device=DEVICE, dtype=dtype)
+    start, jobs, wanted = gap, [], table.clone()
+    for number, length in enumerate(lengths):
+        slot = number % len(configs)
+        jobs.append(generate.Job(row=number + 1, start=start, length=length, slot=slot, config=settings[slot]))
+        hidden = streams[settings[slot].generator_input == "attention_input"][start : start + length]
+        mask = torch.ones(1, length, dtype=torch.bool, device=DEVICE)
+        choice = {"pooler": settings[slot].pooler, "activation": settings[slot].activation}
+        wanted[number + 1] = reference.generate(hidden[None], mask, **vars(weights[slot]), **choice)[0]
+        start += length + gap
+    step = generate.GeneratorStep.make(jobs, torch.device(DEVICE))
+    workspace = torch.full((generate.workspace_size(total, 64),), float("nan"), device=DEVICE)
+    generate.generate_rows(*streams, table, pointers, step, workspace)
+    del keep
+    return table, wanted
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: "-".join(map(str, c.values())) or "default")
+def test_one_adapter(config, dtype):
+    table, wanted = run_both([1, 2, 31, 32, 33, 70], [config], dtype)
+    torch.testing.assert_close(table, wanted, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype], equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_adapters_of_every_kind_in_one_launch(dtype):
+    table, wanted = run_both([5, 17, 64, 1, 40, 33, 9, 100], CONFIGS, dtype)
+    torch.testing.assert_close(table, wanted, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype], equal_nan=True)
+
+
+def test_long_instruction():
+    # Past one block of tokens of the pooling kernel, whatever the size of a capsule.
+    table, wanted = run_both([2200], [{"r": 4, "num_capsules": 4}], torch.float32)
+    torch.testing.assert_close(table, wanted, atol=2e-5, rtol=2e-5, equal_nan=True)
+
+
+def test_strided_input():
+    table, wanted = run_both([19, 50], CONFIGS[:2], torch.float32, strided=True)
+    torch.testing.assert_close(table, wanted, atol=2e-5, rtol=2e-5, equal_nan=True)
+
+
+def test_layer_without_generator_writes_ones():
+    from vllm_parade.ops import generate
+
+    table = torch.zeros(3, 50, device=DEVICE)
+    hidden = torch.full((10, HIDDEN), float("nan"), device=DEVICE)
+    pointers, _ = generate.pointer_rows([None])
+    step = generate.GeneratorStep.make([generate.Job(2, 0, 10, 0, AdapterConfig())], torch.device(DEVICE))
+    workspace = torch.empty(generate.workspace_size(10, 64), device=DEVICE)
+    generate.generate_rows(hidden, hidden, table, pointers, step, workspace)
+    assert table[2].eq(1).all()
+    assert table[:2].eq(0).all()

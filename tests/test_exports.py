@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the package gives away, and what loading it drags in."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import vllm_parade
+
+PACKAGE = Path(vllm_parade.__file__).parent
+ROOMS = {"frontend", "scheduler", "worker"}
+
+
+def test_all_is_short_and_sorted():
+    assert vllm_parade.__all__ == ["ParadeRequest", "__version__"]
+    assert vllm_parade.__all__ == sorted(vllm_parade.__all__)
+    for name in vllm_parade.__all__:
+        assert hasattr(vllm_parade, name)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in sorted(PACKAGE.rglob("*.py")) if "__all__" in path.read_text()],
+    ids=lambda path: path.name,
+)
+def test_every_all_names_what_the_module_has(path):
+    tree = ast.parse(path.read_text())
+    (names,) = [
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and node.targets[0].id == "__all__"
+    ]
+    defined = {
+        name
+        for node in tree.body
+        for name in (
+            [alias.asname or alias.name for alias in node.names]
+            if isinstance(node, (ast.ImportFrom, ast.Import))
+            else [node.name]
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+            else [target.id for target in getattr(node, "targets", [])]
+        )
+    }
+    assert len(set(names)) == len(names)
+    assert set(names) <= defined
+
+
+LIGHT = ("vllm_parade", "vllm_parade.adapter", "vllm_parade.ops.reference", "vllm_parade.tuner", "vllm_parade.train")
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_training_code_loads_neither_vllm_nor_triton(module):
+    """PyTorch and transformers may look whether Triton is there; what they load by themselves is not ours."""
+    library = "torch, transformers.models.llama" if module.endswith(("tuner", "train")) else "torch"
+    script = (
+        f"import sys, pkgutil, importlib, {library}\n"
+        "before = set(sys.modules)\n"
+        f"package = importlib.import_module({module!r})\n"
+        f"if {module!r} in ('vllm_parade.tuner', 'vllm_parade.train', 'vllm_parade.adapter'):\n"
+        "    for info in pkgutil.iter_modules(package.__path__, package.__name__ + '.'):\n"
+        "        importlib.import_module(info.name)\n"
+        "print(*sorted(set(sys.modules) - before))\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    loaded = {name.split(".")[0] for name in result.stdout.split()}
+    assert "vllm_parade" in loaded
+    assert not loaded & {"vllm", "triton"}
+
+
+def imported_modules(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("room", sorted(ROOMS))
+def test_rooms_of_different_processes_do_not_import_each_other(room):
+    files = list((PACKAGE / room).glob("*.py"))
+    assert files
+    for path in files:
+        rooms = {name.split(".")[1] for name in imported_modules(path) if name.startswith("vllm_parade.")}
+        assert not rooms & (ROOMS - {room}), f"{path} imports another room"
+
+
+@pytest.mark.parametrize(
+    ("room", "allowed"),
+    [
+        ("layers", {"adapter", "layers", "ops", "request"}),
+        ("ops", {"ops"}),
+        ("adapter", {"adapter", "ops"}),
+        ("tuner", {"adapter", "ops", "tuner"}),
+    ],
+)
+def test_lower_rooms_know_nothing_of_higher_ones(room, allowed):
+    for path in (PACKAGE / room).glob("*.py"):
+        rooms = {name.split(".")[1] for name in imported_modules(path) if name.startswith("vllm_parade.")}
+        assert rooms <= allowed, f"{path} imports {sorted(rooms - allowed)}"
