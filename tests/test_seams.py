@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Contracts with vLLM: what the package wraps and overrides is still there and still called.
 
-A failure here means that vLLM has changed. Its message says what and where; patches/README.md says what the seam is for.
+A failure here means that vLLM has changed. Its message says what and where; patches/README.md says what the seam is
+for.
 """
 
 import inspect
@@ -29,7 +30,7 @@ from vllm_parade.worker.runner_v2 import ParadeModelRunnerV2Mixin
 from vllm_parade.worker.worker import ParadeWorkerMixin
 
 LEDGER = Path(__file__).parent.parent / "patches/README.md"
-HELP = "vLLM has changed; read the entry of patches/README.md, adapt the code (version questions: compat.py), then this test"
+HELP = "vLLM has changed; read the entry of patches/README.md, adapt the code (versions: compat.py), then this test"
 
 
 def owner(seam):
@@ -173,10 +174,10 @@ class TestOverrides:
         assert count == times, f"{cls.__name__}.{caller} has {call!r} {count} times, not {times}. {HELP}"
 
     def test_the_prefix_cache_obeys_the_flag_that_the_scheduler_sets(self):
-        from vllm.v1.core.kv_cache_manager import KVCacheManager
+        from vllm.v1.core import kv_cache_manager
 
-        source = inspect.getsource(KVCacheManager.get_computed_blocks)
-        assert "request.skip_reading_prefix_cache" in source, f"KVCacheManager.get_computed_blocks. {HELP}"
+        source = inspect.getsource(kv_cache_manager)
+        assert "not request.skip_reading_prefix_cache" in source, f"{kv_cache_manager.__name__}. {HELP}"
 
     def test_a_request_that_gets_no_tokens_is_not_scheduled(self):
         """`_reserve_prefill_lookahead` returning 0 means "not in this step" in both loops."""
@@ -229,10 +230,9 @@ class TestRegister:
             assert isinstance(owner(seam).__dict__[method_name(seam)], wrapt.FunctionWrapper)
 
     def test_a_missing_target_says_so(self):
+        seam = Seam("vllm.engine.arg_utils", "EngineArgs.gone", "vllm_parade.frontend.startup:create_engine_config")
         with pytest.raises(KeyError, match="gone"):
-            Seam(
-                "vllm.engine.arg_utils", "EngineArgs.gone", "vllm_parade.frontend.startup:create_engine_config"
-            ).install()
+            seam.install()
 
     def test_inert_unless_enabled(self, tmp_path):
         from transformers import LlamaConfig

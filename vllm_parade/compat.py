@@ -15,7 +15,9 @@ def installed_version() -> str:
 
 def is_supported(version: str) -> bool:
     """Whether `version` lies in the tested range (local builds such as 0.32.0+cpu included)."""
-    major, minor = version.split(".")[:2]
+    # A vLLM that does not know its own version calls itself "dev".
+    major, _, rest = version.partition(".")
+    minor = rest.partition(".")[0]
     return major.isdigit() and minor.isdigit() and MINIMUM <= (int(major), int(minor)) < BELOW
 
 

@@ -176,16 +176,12 @@ def test_refuses_other_architectures(engine_config, hf_config, tmp_path):
         ("model_config", "enable_sleep_mode", True, "--enable-sleep-mode"),
         ("model_config", "is_encoder_decoder", True, "model architecture LlamaForCausalLM"),
         ("compilation_config", "pass_config", SimpleNamespace(enable_sp=True), "sequence parallelism"),
-        ("vllm_config", "use_v2_model_runner", True, "VLLM_USE_V2_MODEL_RUNNER"),
     ],
 )
 def test_refuses_what_vllm_takes_on_gpus_only(engine_config, section, field, value, flag):
     config = engine_config()
     startup.refuse_unsupported(config)
-    if section == "vllm_config":
-        changed = _Changed(config, field, value)
-    else:
-        changed = _Changed(config, section, _Changed(getattr(config, section), field, value))
+    changed = _Changed(config, section, _Changed(getattr(config, section), field, value))
     with pytest.raises(ParadeConfigError, match=f"^{flag}"):
         startup.refuse_unsupported(changed)
 

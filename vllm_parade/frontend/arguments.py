@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
 
+from vllm_parade import compat
 from vllm_parade.adapter.config import SITES
-from vllm_parade.config import CONFIG_KEY, ServingConfig, flag_name
+from vllm_parade.config import CONFIG_KEY, ParadeConfigError, ServingConfig, flag_name
 
 KNOBS = tuple(field.name for field in fields(ServingConfig))
 # Marks knobs that came from a command line, whose errors end the process with one line instead of a traceback.
@@ -22,6 +23,10 @@ def accept_keywords(wrapped: Callable[..., None], instance: Any, args: tuple, kw
     """Wraps EngineArgs.__init__: take PARADE's keywords out and fold them into `additional_config`."""
     given = {name: kwargs.pop(name) for name in KNOBS if name in kwargs}
     if given:
+        # This seam is installed as soon as vllm_parade is imported; on another vLLM nothing would read the keywords.
+        version = compat.installed_version()
+        if not compat.is_supported(version):
+            raise ParadeConfigError(compat.unsupported_message(version))
         additional = dict(kwargs.get("additional_config") or {})
         kwargs["additional_config"] = {**additional, CONFIG_KEY: {**additional.get(CONFIG_KEY, {}), **given}}
     wrapped(*args, **kwargs)
