@@ -25,8 +25,9 @@ class Variant:
     """An engine with the adapters of a variant."""
 
     def __init__(self, name: str, args: argparse.Namespace) -> None:
-        import vllm_parade  # noqa: F401  teaches LLM its keywords
         from vllm import LLM
+
+        import vllm_parade
 
         self.name, self.args = name, args
         args.folder.mkdir(parents=True, exist_ok=True)
@@ -36,7 +37,11 @@ class Variant:
         options: dict[str, Any] = {}
         self.requests: list[Any] = [None]
         if name in ("unused", "parade"):
-            options = {"enable_parade": True, "max_parades": args.slots, "max_cpu_parades": max(args.slots, args.adapters)}
+            options = {
+                "enable_parade": True,
+                "max_parades": args.slots,
+                "max_cpu_parades": max(args.slots, args.adapters),
+            }
         if name == "parade":
             paths = make_parades(args.folder / args.size, self.shape, args.adapters)
             self.requests = [vllm_parade.ParadeRequest(f"p{n}", path) for n, path in enumerate(paths)]

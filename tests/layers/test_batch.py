@@ -2,12 +2,14 @@
 import pytest
 import torch
 
-from vllm_parade.layers import BatchMetadata, GeneratorJob
+from vllm_parade.adapter import AdapterConfig
+from vllm_parade.layers import BatchMetadata
+from vllm_parade.ops.job import GeneratorJob
 
 
 @pytest.fixture
 def batch():
-    return BatchMetadata.make(8, torch.device("cpu"))
+    return BatchMetadata.make(8, 16, torch.device("cpu"))
 
 
 def test_begins_with_the_identity(batch):
@@ -36,7 +38,7 @@ def test_address_stays(batch):
 
 
 def test_jobs_are_those_of_this_step(batch):
-    job = GeneratorJob("hash", row=1, start=0, stop=4)
+    job = GeneratorJob(row=1, start=0, length=4, slot=0, config=AdapterConfig())
     batch.prepare([1], [4], [job])
     assert batch.jobs == [job]
     batch.prepare([1], [1], [])
@@ -44,7 +46,7 @@ def test_jobs_are_those_of_this_step(batch):
 
 
 def test_clear_is_a_step_without_requests(batch):
-    batch.prepare([1], [4], [GeneratorJob("hash", row=1, start=0, stop=4)])
+    batch.prepare([1], [4], [GeneratorJob(row=1, start=0, length=4, slot=0, config=AdapterConfig())])
     batch.clear()
     assert batch.token_rows.tolist() == [0] * 8
     assert batch.jobs == []

@@ -11,9 +11,10 @@ from torch import nn
 from vllm.forward_context import override_forward_context
 
 from vllm_parade.adapter import Adapter, AdapterConfig, BaseModelShape, adapted_layers, initial_generator
-from vllm_parade.layers import BatchMetadata, GeneratorJob, adjust_model
+from vllm_parade.layers import BatchMetadata, adjust_model
 from vllm_parade.layers.model import UnsupportedModelError
 from vllm_parade.ops import reference
+from vllm_parade.ops.job import GeneratorJob
 
 HIDDEN, HEAD, HEADS, KV_HEADS, INTERMEDIATE, LAYERS, ROWS, TOKENS = 16, 4, 4, 2, 24, 2, 5, 12
 SHAPE = BaseModelShape(
@@ -76,12 +77,13 @@ class Adjusted:
 
     def __init__(self, sites=("q", "v", "up")):
         self.model, self.plain = make_model(), make_model()
-        self.batch = BatchMetadata.make(TOKENS, CPU)
+        self.batch = BatchMetadata.make(TOKENS, 16, CPU)
         self.context = {}
         self.layers = adjust_model(
             self.model,
             sites=sites,
             num_rows=ROWS,
+            num_slots=2,
             batch=self.batch,
             forward_context=self.context,
             device=CPU,
@@ -92,9 +94,9 @@ class Adjusted:
         with override_forward_context(SimpleNamespace(no_compile_layers=self.context)):
             return self.model.layers[index](hidden, residual)
 
-    def activate(self, adapter):
+    def activate(self, adapter, slot=0):
         for layer in self.layers:
-            layer.activate(adapter, SHAPE)
+            layer.activate(slot, adapter, SHAPE)
 
 
 def hidden_states(tokens=TOKENS, seed=0):
@@ -183,7 +185,9 @@ def test_an_instruction_writes_its_row_before_it_is_scaled(generator_input, with
     """The residual stream is the norm's input where it returns a tensor, its second output where it returns a pair."""
     adjusted, adapter = Adjusted(), make_adapter(generator_input=generator_input)
     adjusted.activate(adapter)
-    adjusted.batch.prepare([0, 2, 4], [3, 6, 3], [GeneratorJob(adapter.content_hash, row=2, start=3, stop=7)])
+    adjusted.batch.prepare(
+        [0, 2, 4], [3, 6, 3], [GeneratorJob(row=2, start=3, length=4, slot=0, config=adapter.config)]
+    )
     hidden, residual = hidden_states(), hidden_states(seed=1) if with_residual else None
     stream = hidden if residual is None else hidden + residual
     read = stream if generator_input == "layer_input" else F.rms_norm(stream, (HIDDEN,))
@@ -203,28 +207,27 @@ def test_instructions_of_several_adapters_pass_together():
     adjusted = Adjusted()
     first, second = make_adapter(0), make_adapter(1, pooler="last_token", activation="tanh")
     adjusted.activate(first)
-    adjusted.activate(second)
+    adjusted.activate(second, slot=1)
     jobs = [
-        GeneratorJob(first.content_hash, row=1, start=0, stop=5),
-        GeneratorJob(second.content_hash, row=3, start=5, stop=9),
-        GeneratorJob(first.content_hash, row=2, start=9, stop=12),
+        GeneratorJob(row=1, start=0, length=5, slot=0, config=first.config),
+        GeneratorJob(row=3, start=5, length=4, slot=1, config=second.config),
+        GeneratorJob(row=2, start=9, length=3, slot=0, config=first.config),
     ]
     adjusted.batch.prepare([1, 3, 2], [5, 4, 3], jobs)
     hidden = hidden_states()
     adjusted.run(0, hidden)
     for job, adapter in zip(jobs, (first, second, first), strict=True):
-        expected = expected_vector(adapter, 0, hidden[job.start : job.stop])
+        expected = expected_vector(adapter, 0, hidden[job.start : job.start + job.length])
         torch.testing.assert_close(adjusted.layers[0].table[job.row], expected)
 
 
 def test_later_steps_keep_the_row():
     adjusted, adapter = Adjusted(), make_adapter()
     adjusted.activate(adapter)
-    adjusted.batch.prepare([1], [5], [GeneratorJob(adapter.content_hash, row=1, start=0, stop=5)])
+    adjusted.batch.prepare([1], [5], [GeneratorJob(row=1, start=0, length=5, slot=0, config=adapter.config)])
     adjusted.run(0, hidden_states(5))
     row = adjusted.layers[0].table[1].clone()
-    for layer in adjusted.layers:
-        layer.deactivate(adapter.content_hash)
+    adjusted.activate(make_adapter(seed=9))
     adjusted.batch.prepare([1], [1], [])
     adjusted.run(0, hidden_states(1, seed=2))
     assert torch.equal(adjusted.layers[0].table[1], row)
@@ -235,7 +238,7 @@ def test_a_layer_without_generator_takes_the_row_back_to_one():
     adjusted, adapter = Adjusted(), make_adapter(layers_to_transform=(0,))
     adjusted.activate(adapter)
     adjusted.layers[1].table[1] = 7
-    adjusted.batch.prepare([1], [5], [GeneratorJob(adapter.content_hash, row=1, start=0, stop=5)])
+    adjusted.batch.prepare([1], [5], [GeneratorJob(row=1, start=0, length=5, slot=0, config=adapter.config)])
     adjusted.run(1, hidden_states(5))
     assert torch.equal(adjusted.layers[1].table[1], torch.ones_like(adjusted.layers[1].table[1]))
 
@@ -255,8 +258,17 @@ def test_the_generator_op_finds_each_layer_by_name():
 
 class TestUnsupportedModels:
     def adjust(self, model):
-        batch = BatchMetadata.make(TOKENS, CPU)
-        adjust_model(model, sites=("q",), num_rows=2, batch=batch, forward_context={}, device=CPU, dtype=torch.float32)
+        batch = BatchMetadata.make(TOKENS, 16, CPU)
+        adjust_model(
+            model,
+            sites=("q",),
+            num_rows=2,
+            num_slots=1,
+            batch=batch,
+            forward_context={},
+            device=CPU,
+            dtype=torch.float32,
+        )
 
     def test_no_decoder_layers(self):
         with pytest.raises(UnsupportedModelError, match="no decoder layer with input_layernorm, self_attn and mlp"):

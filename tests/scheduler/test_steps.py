@@ -269,3 +269,12 @@ def test_base_requests_alone_have_an_empty_plan(make_engine):
         ({"a": 8}, "a", "", {}, ""),
         ({"a": 4}, "a", "", {}, ""),
     )
+
+
+def test_tokens_computed_elsewhere_do_not_count_as_read(make_engine):
+    """Should ever a request without vectors come with keys and values, its generators have not read those tokens."""
+    engine = make_engine()
+    engine.add("a", 8, "A", instruction=4)
+    request = engine.scheduler.requests["a"]
+    assert engine.scheduler._reserve_prefill_lookahead(request, 0, 8) == 8
+    assert engine.scheduler._reserve_prefill_lookahead(request, 4, 4) == 0

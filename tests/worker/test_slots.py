@@ -12,15 +12,11 @@ SHAPE = object()
 
 class FakeLayer:
     def __init__(self):
-        self.generators = []
+        self.generators = {}
 
-    def activate(self, adapter, shape):
+    def activate(self, slot, adapter, shape):
         assert shape is SHAPE
-        assert adapter.content_hash not in self.generators
-        self.generators.append(adapter.content_hash)
-
-    def deactivate(self, content_hash):
-        self.generators.remove(content_hash)
+        self.generators[slot] = adapter.content_hash
 
 
 @pytest.fixture
@@ -37,14 +33,15 @@ def slots(layers):
     return slots
 
 
-def on_device(layers):
-    first, second = layers
-    assert sorted(first.generators) == sorted(second.generators)
-    return "".join(sorted(first.generators))
+def on_device(slots):
+    """Names that hold a slot; all layers hold the same in it."""
+    for name, slot in slots.device.items():
+        assert [layer.generators[slot] for layer in slots.layers] == [name, name]
+    return "".join(sorted(slots.device))
 
 
-def test_host_memory_alone_takes_no_slot(slots, layers):
-    assert on_device(layers) == ""
+def test_host_memory_alone_takes_no_slot(slots):
+    assert on_device(slots) == ""
     assert list(slots.host) == list("abcd")
 
 
@@ -65,11 +62,11 @@ def test_host_memory_alone_takes_no_slot(slots, layers):
         (["ab", "cd"], "cd"),
     ],
 )
-def test_least_recently_used_goes(slots, layers, steps, left):
+def test_least_recently_used_goes(slots, steps, left):
     for step in steps:
         slots.activate(list(step))
-        assert set(step) <= set(on_device(layers))
-    assert on_device(layers) == left
+        assert set(step) <= set(on_device(slots))
+    assert on_device(slots) == left
 
 
 def test_more_than_there_are_slots_is_a_bug_of_the_scheduler(slots):
@@ -77,33 +74,33 @@ def test_more_than_there_are_slots_is_a_bug_of_the_scheduler(slots):
         slots.activate(["a", "b", "c"])
 
 
-def test_what_was_never_loaded_is_an_error(slots, layers):
+def test_what_was_never_loaded_is_an_error(slots):
     slots.activate(["a"])
     with pytest.raises(KeyError, match="unheard of"):
         slots.activate(["unheard of"])
-    assert on_device(layers) == "a"
+    assert on_device(slots) == "a"
 
 
-def test_remove_takes_the_slot_too(slots, layers):
+def test_remove_takes_the_slot_too(slots):
     slots.activate(["a", "b"])
     slots.remove("a")
-    assert on_device(layers) == "b"
+    assert on_device(slots) == "b"
     assert "a" not in slots.host
     slots.activate(["c"])
-    assert on_device(layers) == "bc"
+    assert on_device(slots) == "bc"
 
 
-def test_remove_of_what_has_no_slot(slots, layers):
+def test_remove_of_what_has_no_slot(slots):
     slots.activate(["a"])
     slots.remove("b")
     slots.remove("b")
     slots.remove("unheard of")
-    assert on_device(layers) == "a"
+    assert on_device(slots) == "a"
     assert list(slots.host) == list("acd")
 
 
-def test_the_same_content_twice_is_one_adapter(slots, layers):
+def test_the_same_content_twice_is_one_adapter(slots):
     slots.activate(["a"])
     slots.add(SimpleNamespace(content_hash="a"))
     slots.activate(["a"])
-    assert on_device(layers) == "a"
+    assert on_device(slots) == "a"

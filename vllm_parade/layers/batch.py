@@ -2,20 +2,16 @@
 """What the layers must know of a step: filled by the runner, read by the layers, which never see requests."""
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from vllm_parade.ops import use_kernels
+from vllm_parade.ops.job import GeneratorJob
 
-@dataclass(frozen=True)
-class GeneratorJob:
-    """An instruction that passes in this step: read tokens [start, stop) of the batch, write `row`."""
-
-    adapter: str
-    """Content hash of the adapter, which holds a slot during this step."""
-    row: int
-    start: int
-    stop: int
+if TYPE_CHECKING:
+    from vllm_parade.ops.generate import GeneratorStep
 
 
 @dataclass
@@ -26,15 +22,26 @@ class BatchMetadata:
     """[max_num_batched_tokens] int32 on the device: row of every token of the step, 0 for padding."""
     token_rows_cpu: Tensor
     """Its staging buffer on the host."""
+    workspace: Tensor | None
+    """[workspace size] float32, what one kernel leaves for the next; None without kernels."""
     jobs: list[GeneratorJob] = field(default_factory=list)
+    """The instructions of this step."""
+    step: "GeneratorStep | None" = None
+    """The same on the device, for the kernels."""
 
     @classmethod
-    def make(cls, max_num_tokens: int, device: torch.device) -> "BatchMetadata":
-        """Allocate for steps of at most `max_num_tokens` tokens."""
+    def make(cls, max_num_tokens: int, max_rank: int, device: torch.device) -> "BatchMetadata":
+        """Allocate for steps of at most `max_num_tokens` tokens and adapters of at most `max_rank`."""
         pin = device.type == "cuda"
+        workspace = None
+        if use_kernels(device):
+            from vllm_parade.ops.generate import workspace_size
+
+            workspace = torch.empty(workspace_size(max_num_tokens, max_rank), device=device)
         return cls(
             token_rows=torch.zeros(max_num_tokens, dtype=torch.int32, device=device),
             token_rows_cpu=torch.zeros(max_num_tokens, dtype=torch.int32, pin_memory=pin),
+            workspace=workspace,
         )
 
     def prepare(self, request_rows: list[int], request_tokens: list[int], jobs: list[GeneratorJob]) -> None:
@@ -43,9 +50,13 @@ class BatchMetadata:
         self.token_rows_cpu[: len(rows)] = rows
         self.token_rows_cpu[len(rows) :] = 0
         self.token_rows.copy_(self.token_rows_cpu, non_blocking=True)
-        self.jobs = jobs
+        self.jobs, self.step = jobs, None
+        if jobs and self.workspace is not None:
+            from vllm_parade.ops.generate import GeneratorStep
+
+            self.step = GeneratorStep.make(jobs, self.token_rows.device)
 
     def clear(self) -> None:
         """Prepare for a run without requests (warm-up, profiling, graph capture)."""
         self.token_rows.zero_()
-        self.jobs = []
+        self.jobs, self.step = [], None

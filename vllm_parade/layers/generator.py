@@ -2,7 +2,6 @@
 """One layer's vector table, and the op that writes its rows while instructions pass through the layer."""
 
 from collections import defaultdict
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,17 +10,10 @@ from vllm.forward_context import get_forward_context
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from vllm_parade.adapter import Adapter, AdapterConfig, BaseModelShape, GeneratorWeights
-from vllm_parade.layers.batch import BatchMetadata, GeneratorJob
+from vllm_parade.layers.batch import BatchMetadata
 from vllm_parade.layers.sites import SiteShard, shard_generator
 from vllm_parade.ops import reference
-
-
-@dataclass(frozen=True)
-class LayerGenerator:
-    """What a slot holds for one layer."""
-
-    config: AdapterConfig
-    weights: GeneratorWeights
+from vllm_parade.ops.job import NUM_POINTERS, GeneratorJob
 
 
 class ParadeLayer:
@@ -32,6 +24,7 @@ class ParadeLayer:
         index: int,
         shards: list[SiteShard],
         num_rows: int,
+        num_slots: int,
         batch: BatchMetadata,
         device: torch.device,
         dtype: torch.dtype,
@@ -41,20 +34,28 @@ class ParadeLayer:
         self.batch = batch
         # Row 0 is never written, so that scaling by it is exact.
         self.table = torch.ones(num_rows, sum(shard.width for shard in shards), device=device, dtype=dtype)
-        self.generators: dict[str, LayerGenerator | None] = {}
+        self.generators: list[GeneratorWeights | None] = [None] * num_slots
+        self.packed: list[list[Tensor]] = [[] for _ in range(num_slots)]
+        self.pointers: Tensor | None = None
+        if batch.workspace is not None:
+            self.pointers = torch.zeros(num_slots, NUM_POINTERS, dtype=torch.int64, device=device)
 
-    def activate(self, adapter: Adapter, shape: BaseModelShape) -> None:
-        """Copy this rank's part of an adapter's generator to the device."""
+    def activate(self, slot: int, adapter: Adapter, shape: BaseModelShape) -> None:
+        """Copy this rank's part of an adapter's generator to the device, into `slot`."""
         weights = adapter.generators.get(self.index)
-        if weights is None:
-            self.generators[adapter.content_hash] = None
+        if weights is not None:
+            device, dtype = self.table.device, self.table.dtype
+            weights = shard_generator(weights, adapter.config, shape, self.shards, device, dtype)
+        if self.pointers is None:
+            self.generators[slot] = weights
             return
-        local = shard_generator(weights, adapter.config, shape, self.shards, self.table.device, self.table.dtype)
-        self.generators[adapter.content_hash] = LayerGenerator(adapter.config, local)
+        from vllm_parade.ops.generate import packed_generator
 
-    def deactivate(self, content_hash: str) -> None:
-        """Forget an adapter's generator."""
-        del self.generators[content_hash]
+        # Kernels read through addresses. Those of the slot's last adapter stay allocated until the new ones stand, and
+        # memory is reused in the order of the stream, so a step in flight still finds what it was planned with.
+        tensors, addresses = ([], [0] * NUM_POINTERS) if weights is None else packed_generator(weights)
+        self.pointers[slot].copy_(torch.tensor(addresses, dtype=torch.int64), non_blocking=True)
+        self.packed[slot] = tensors
 
     def generate(self, layer_input: Tensor, attention_input: Tensor) -> None:
         """Write the rows of all instructions of this step.
@@ -63,36 +64,33 @@ class ParadeLayer:
             layer_input: [tokens, hidden], the residual stream
             attention_input: [tokens, hidden], the same after the layer's first norm
         """
-        by_adapter: dict[str, list[GeneratorJob]] = defaultdict(list)
+        if self.batch.step is not None:
+            from vllm_parade.ops.generate import generate_rows
+
+            assert self.pointers is not None
+            assert self.batch.workspace is not None
+            step, workspace = self.batch.step, self.batch.workspace
+            generate_rows(layer_input, attention_input, self.table, self.pointers, step, workspace)
+            return
+        by_slot: dict[int, list[GeneratorJob]] = defaultdict(list)
         for job in self.batch.jobs:
-            by_adapter[job.adapter].append(job)
-        for adapter, jobs in by_adapter.items():
+            by_slot[job.slot].append(job)
+        for slot, jobs in by_slot.items():
             rows = torch.tensor([job.row for job in jobs], device=self.table.device)
-            generator = self.generators[adapter]
-            if generator is None:
+            weights, config = self.generators[slot], jobs[0].config
+            if weights is None:
                 self.table[rows] = 1
                 continue
-            reads_stream = generator.config.generator_input == "layer_input"
-            hidden = layer_input if reads_stream else attention_input
-            self.table[rows] = _generate(generator, [hidden[job.start : job.stop] for job in jobs])
+            hidden = layer_input if config.generator_input == "layer_input" else attention_input
+            instructions = [hidden[job.start : job.start + job.length] for job in jobs]
+            self.table[rows] = _generate(instructions, weights, config)
 
 
-def _generate(generator: LayerGenerator, instructions: list[Tensor]) -> Tensor:
-    config, weights = generator.config, generator.weights
+def _generate(instructions: list[Tensor], weights: GeneratorWeights, config: AdapterConfig) -> Tensor:
     lengths = torch.tensor([len(hidden) for hidden in instructions], device=weights.down.device)
     hidden = pad_sequence(instructions, batch_first=True)
     mask = torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]
-    return reference.generate(
-        hidden,
-        mask,
-        down=weights.down,
-        query=weights.query,
-        weight=weights.weight,
-        up=weights.up,
-        bias=weights.bias,
-        pooler=config.pooler,
-        activation=config.activation,
-    )
+    return reference.generate(hidden, mask, **vars(weights), pooler=config.pooler, activation=config.activation)
 
 
 def parade_generate(layer_input: Tensor, attention_input: Tensor, table: Tensor, layer_name: str) -> None:

@@ -36,6 +36,7 @@ def adjust_model(
     *,
     sites: tuple[str, ...],
     num_rows: int,
+    num_slots: int,
     batch: BatchMetadata,
     forward_context: dict[str, Any],
     device: torch.device,
@@ -52,7 +53,7 @@ def adjust_model(
         qkv, gate_up = module.self_attn.qkv_proj, module.mlp.gate_up_proj
         shards = {shard.name: shard for shard in (*qkv_shards(qkv), *gate_up_shards(gate_up))}
         index = int(name.rsplit(".", 1)[-1])
-        layer = ParadeLayer(index, [shards[site] for site in sites], num_rows, batch, device, dtype)
+        layer = ParadeLayer(index, [shards[site] for site in sites], num_rows, num_slots, batch, device, dtype)
         _hook_norm(module.input_layernorm, f"{name}.parade_generator", layer, forward_context)
         _hook_projection(qkv, ("q", "k", "v"), layer)
         _hook_projection(gate_up, ("gate", "up"), layer)

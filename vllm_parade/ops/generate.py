@@ -19,9 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from vllm_parade.adapter import AdapterConfig, GeneratorWeights
+from vllm_parade.ops.job import NUM_POINTERS, GeneratorJob
 
-# Columns of `pointers`, one row a slot: addresses of down, query, weight, up, bias; zero where there is none.
-NUM_POINTERS = 5
 # Columns of `jobs`, one row an instruction: row, start, length, slot, offset in the workspace, r, capsules, pooler,
 # activation, whether it reads the attention's input.
 NUM_JOB_FIELDS = 10
@@ -40,17 +39,6 @@ ACTIVATION_NUMBERS = {"gelu": 0, "relu": 1, "silu": 2, "tanh": 3}
 
 
 @dataclass(frozen=True)
-class Job:
-    """One instruction of a step: read tokens [start, start + length) of the batch by `slot`, write `row`."""
-
-    row: int
-    start: int
-    length: int
-    slot: int
-    config: AdapterConfig
-
-
-@dataclass(frozen=True)
 class GeneratorStep:
     """The instructions of a step, on the device and in numbers that fix the launch."""
 
@@ -65,7 +53,7 @@ class GeneratorStep:
     max_capsule_size: int
 
     @classmethod
-    def make(cls, jobs: Sequence[Job], device: torch.device) -> "GeneratorStep":
+    def make(cls, jobs: Sequence[GeneratorJob], device: torch.device) -> "GeneratorStep":
         """Lay the jobs out on the device, by one copy that nobody waits for."""
         lengths = [job.length for job in jobs]
         offsets = [sum(lengths[:number]) for number in range(len(jobs))]
@@ -99,21 +87,13 @@ def _kind(config: AdapterConfig) -> tuple[int, ...]:
     )
 
 
-def pointer_rows(generators: Sequence[GeneratorWeights | None]) -> tuple[Tensor, list[Tensor]]:
-    """The `pointers` of generators in slots 0, 1, ..., and the tensors that must live as long as they are used."""
-    keep: list[Tensor] = []
-    addresses = []
-    for weights in generators:
-        if weights is None:
-            addresses.append([0] * NUM_POINTERS)
-            continue
-        joined = None if weights.weight is None else weights.weight.permute(1, 0, 2).reshape(weights.down.shape[0], -1)
-        tensors = [weights.down, weights.query, joined, weights.up, weights.bias]
-        contiguous = [None if tensor is None else tensor.contiguous() for tensor in tensors]
-        keep += [tensor for tensor in contiguous if tensor is not None]
-        addresses.append([0 if tensor is None else tensor.data_ptr() for tensor in contiguous])
-    device = keep[0].device if keep else None
-    return torch.tensor(addresses, dtype=torch.int64, device=device), keep
+def packed_generator(weights: GeneratorWeights) -> tuple[list[Tensor], list[int]]:
+    """A generator as the kernels read it: tensors to keep as long as it is used, and its row of `pointers`."""
+    joined = None if weights.weight is None else weights.weight.permute(1, 0, 2).reshape(len(weights.down), -1)
+    given = [weights.down, weights.query, joined, weights.up, weights.bias]
+    tensors = [None if tensor is None else tensor.contiguous() for tensor in given]
+    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    return [tensor for tensor in tensors if tensor is not None], addresses
 
 
 @triton.jit

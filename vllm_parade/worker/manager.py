@@ -10,7 +10,8 @@ from vllm.logger import init_logger
 
 from vllm_parade.adapter import AdapterError, BaseModelShape, load_adapter
 from vllm_parade.config import ServingConfig
-from vllm_parade.layers import BatchMetadata, GeneratorJob, adjust_model
+from vllm_parade.layers import BatchMetadata, adjust_model
+from vllm_parade.ops.job import GeneratorJob
 from vllm_parade.request import IDENTITY_ROW, StepPlan
 from vllm_parade.worker.slots import AdapterSlots
 
@@ -26,11 +27,14 @@ class ParadeManager:
     def __init__(self, vllm_config: "VllmConfig", model: nn.Module, device: torch.device) -> None:
         self.config = ServingConfig.from_vllm_config(vllm_config)
         self.shape = BaseModelShape.from_hf_config(vllm_config.model_config.hf_text_config)
-        self.batch = BatchMetadata.make(vllm_config.scheduler_config.max_num_batched_tokens, device)
+        self.batch = BatchMetadata.make(
+            vllm_config.scheduler_config.max_num_batched_tokens, self.config.max_parade_rank, device
+        )
         layers = adjust_model(
             model,
             sites=self.config.sites,
             num_rows=vllm_config.scheduler_config.max_num_seqs + 1,
+            num_slots=self.config.max_parades,
             batch=self.batch,
             forward_context=vllm_config.compilation_config.static_forward_context,
             device=device,
@@ -65,13 +69,14 @@ class ParadeManager:
             request_ids: requests in batch order
             num_tokens: tokens of each request in this step
         """
+        slots = self.slots.activate({instruction.adapter for instruction in plan.instructions.values()})
         jobs, start = [], 0
         for request_id in request_ids:
             instruction = plan.instructions.get(request_id)
             if instruction is not None:
-                stop = start + instruction.tokens
-                jobs.append(GeneratorJob(instruction.adapter, plan.rows[request_id], start, stop))
+                adapter = self.slots.host[instruction.adapter]
+                slot, row = slots[instruction.adapter], plan.rows[request_id]
+                jobs.append(GeneratorJob(row, start, instruction.tokens, slot, adapter.config))
             start += num_tokens[request_id]
-        self.slots.activate({job.adapter for job in jobs})
         rows = [plan.rows.get(request_id, IDENTITY_ROW) for request_id in request_ids]
         self.batch.prepare(rows, [num_tokens[request_id] for request_id in request_ids], jobs)

@@ -16,20 +16,22 @@ class AdapterSlots:
         self.shape = shape
         self.num_slots = num_slots
         self.host: dict[str, Adapter] = {}
-        self.device: OrderedDict[str, None] = OrderedDict()
+        self.device: OrderedDict[str, int] = OrderedDict()
 
     def add(self, adapter: Adapter) -> None:
         """Hold an adapter in host memory."""
         self.host[adapter.content_hash] = adapter
 
     def remove(self, content_hash: str) -> None:
-        """Forget an adapter."""
+        """Forget an adapter. What it left in its slot stays there, unread, until the slot is taken."""
         self.host.pop(content_hash, None)
-        if content_hash in self.device:
-            self._deactivate(content_hash)
+        self.device.pop(content_hash, None)
 
-    def activate(self, content_hashes: Collection[str]) -> None:
+    def activate(self, content_hashes: Collection[str]) -> dict[str, int]:
         """Give all these adapters a slot, together, taking the least recently used ones of others.
+
+        Returns:
+            slot of each
 
         Raises:
             KeyError: an adapter is not in host memory. The front end loads adapters before their first request.
@@ -41,15 +43,11 @@ class AdapterSlots:
         for content_hash in content_hashes:
             if content_hash not in self.device:
                 self._activate(self.host[content_hash])
+        return {content_hash: self.device[content_hash] for content_hash in content_hashes}
 
     def _activate(self, adapter: Adapter) -> None:
-        if len(self.device) == self.num_slots:
-            self._deactivate(next(iter(self.device)))
+        free = set(range(self.num_slots)) - set(self.device.values())
+        slot = min(free) if free else self.device.popitem(last=False)[1]
         for layer in self.layers:
-            layer.activate(adapter, self.shape)
-        self.device[adapter.content_hash] = None
-
-    def _deactivate(self, content_hash: str) -> None:
-        for layer in self.layers:
-            layer.deactivate(content_hash)
-        del self.device[content_hash]
+            layer.activate(slot, adapter, self.shape)
+        self.device[adapter.content_hash] = slot

@@ -1,0 +1,39 @@
+"""What the README promises exists."""
+
+import re
+from pathlib import Path
+
+from vllm_parade.config import ServingConfig, flag_name
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def section(title: str) -> str:
+    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def test_every_flag_is_described() -> None:
+    described = re.findall(r"^\| `(--[a-z-]+)` \|", section("Serving online"), re.MULTILINE)
+    assert described == [flag_name(name) for name in ServingConfig.__dataclass_fields__]
+
+
+def test_the_tree_is_the_tree() -> None:
+    folder = ROOT
+    for indent, name in re.findall(r"^( *)([a-z_]+)/  ", section("Tree"), re.MULTILINE):
+        path = folder / name if indent else ROOT / name
+        assert path.is_dir(), path
+        folder = folder if indent else path
+    listed = re.findall(r"^  ([a-z_]+)/", section("Tree"), re.MULTILINE)
+    packages = {file.parent.name for file in (ROOT / "vllm_parade").glob("*/__init__.py")}
+    assert set(listed) == packages
+
+
+def test_links_and_commands_lead_somewhere() -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+    for file in re.findall(r"\b(?:examples|tests)/[\w/]+\.(?:py|sh)", README):
+        assert (ROOT / file).is_file(), file
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"\bmake ([a-z]+)\b", README):
+        assert f"\n{target}:" in makefile, target
