@@ -16,8 +16,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "strong2": {},
     "rank8": {"r": 8, "num_capsules": 2, "generator_input": "attention_input"},
     "routing": {"pooler": "dynamic_routing", "r": 24, "num_capsules": 3, "activation": "silu"},
-    # This pooler does not squash, so its vectors are five times as strong: at STRONG the float32 oracle itself is off its
-    # float64 self by 2e-3 in log-probability, and equality with it would mean nothing.
+    # This pooler does not squash, so its vectors are five times as strong: at STRONG the float32 oracle itself is off
+    # its float64 self by 2e-3 in log-probability, and equality with it would mean nothing.
     "last": {"pooler": "last_token", "activation": "tanh", "strength": STRONG / 5},
     "five": {"sites": ("q", "k", "v", "gate", "up"), "r": 6, "num_capsules": 3},
     "some_layers": {"layers_to_transform": (0, 3, 7), "sites": ("q", "v"), "activation": "relu"},
