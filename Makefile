@@ -48,6 +48,8 @@ demo: install ## Start the real server, ask base model and adapters the same pro
 test: install ## Run all tests
 	$(SAY) 'Tests'
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(SAY) "Tests of the kernels and of model runner V2, under Triton's interpreter"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m triton $(PYTEST_ARGS)
 
 lint: install ## Check style and types (ruff, mypy)
 	$(SAY) 'Lint'

@@ -21,6 +21,21 @@ ROOT = Path(__file__).parent.parent
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
+class _InterpreterBackend:
+    """What Triton must see to count a CPU as a device: vLLM then takes model runner V2."""
+
+    class driver:
+        @staticmethod
+        def is_active() -> bool:
+            return True
+
+
+if INTERPRETED:
+    import triton.backends
+
+    triton.backends.backends["cpu"] = _InterpreterBackend
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Kernels need a GPU or the interpreter, whose process runs nothing else: vLLM there is another one (runner V2)."""
     for item in items:

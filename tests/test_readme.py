@@ -1,12 +1,15 @@
 """What the README promises exists."""
 
+import inspect
 import re
 from pathlib import Path
 
 from vllm_parade.config import ServingConfig, flag_name
+from vllm_parade.frontend import startup
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+REFUSED = "What is refused, and why"
 
 
 def section(title: str) -> str:
@@ -16,6 +19,12 @@ def section(title: str) -> str:
 def test_every_flag_is_described() -> None:
     described = re.findall(r"^\| `(--[a-z-]+)` \|", section("Serving online"), re.MULTILINE)
     assert described == [flag_name(name) for name in ServingConfig.__dataclass_fields__]
+
+
+def test_every_refusal_is_described() -> None:
+    name = r"--[a-z-]+|VLLM_[A-Z0-9_]+"
+    described = re.findall(rf"`({name})", "\n".join(re.findall(r"^\| (.*?) \|", section(REFUSED), re.MULTILINE)))
+    assert set(described) == set(re.findall(rf'"({name})', inspect.getsource(startup._unsupported)))
 
 
 def test_the_tree_is_the_tree() -> None:

@@ -20,8 +20,6 @@ class BatchMetadata:
 
     token_rows: Tensor
     """[max_num_batched_tokens] int32 on the device: row of every token of the step, 0 for padding."""
-    token_rows_cpu: Tensor
-    """Its staging buffer on the host."""
     workspace: Tensor | None
     """[workspace size] float32, what one kernel leaves for the next; None without kernels."""
     jobs: list[GeneratorJob] = field(default_factory=list)
@@ -32,7 +30,6 @@ class BatchMetadata:
     @classmethod
     def make(cls, max_num_tokens: int, max_rank: int, device: torch.device) -> "BatchMetadata":
         """Allocate for steps of at most `max_num_tokens` tokens and adapters of at most `max_rank`."""
-        pin = device.type == "cuda"
         workspace = None
         if use_kernels(device):
             from vllm_parade.ops.generate import workspace_size
@@ -40,16 +37,17 @@ class BatchMetadata:
             workspace = torch.empty(workspace_size(max_num_tokens, max_rank), device=device)
         return cls(
             token_rows=torch.zeros(max_num_tokens, dtype=torch.int32, device=device),
-            token_rows_cpu=torch.zeros(max_num_tokens, dtype=torch.int32, pin_memory=pin),
             workspace=workspace,
         )
 
     def prepare(self, request_rows: list[int], request_tokens: list[int], jobs: list[GeneratorJob]) -> None:
         """Fill for a step: requests in batch order, with the row and the number of scheduled tokens of each."""
+        # A fresh staging buffer every step: the copy of the step before may still be under way, and PyTorch hands
+        # pinned memory out again only when it is done.
+        staged = torch.zeros(len(self.token_rows), dtype=torch.int32, pin_memory=self.token_rows.is_cuda)
         rows = torch.tensor(request_rows, dtype=torch.int32).repeat_interleave(torch.tensor(request_tokens))
-        self.token_rows_cpu[: len(rows)] = rows
-        self.token_rows_cpu[len(rows) :] = 0
-        self.token_rows.copy_(self.token_rows_cpu, non_blocking=True)
+        staged[: len(rows)] = rows
+        self.token_rows.copy_(staged, non_blocking=True)
         self.jobs, self.step = jobs, None
         if jobs and self.workspace is not None:
             from vllm_parade.ops.generate import GeneratorStep

@@ -1,0 +1,66 @@
+"""Model runner V2, the default on GPUs: exact like V1. Runs on a GPU, or on the CPU under Triton's interpreter."""
+
+from itertools import cycle
+from typing import Any
+
+import pytest
+
+from tests.adapters import VARIANTS, make_adapter
+from tests.engines import engine, greedy, prompts
+from tests.oracle import Oracle
+from vllm_parade import ParadeRequest
+from vllm_parade.adapter import SITES, BaseModelShape
+
+pytestmark = [pytest.mark.engine, pytest.mark.triton]
+
+# The same kinds as for SmolLM2, on a model of three layers.
+KINDS = {**VARIANTS, "some_layers": {**VARIANTS["some_layers"], "layers_to_transform": (0, 2)}}
+OPTIONS = {"enable_parade": True, "parade_sites": SITES, "skip_tokenizer_init": True}
+
+
+@pytest.fixture(scope="module")
+def adapters(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> list[ParadeRequest]:
+    from transformers import AutoConfig
+
+    shape = BaseModelShape.from_hf_config(AutoConfig.from_pretrained(tiny))
+    folder = tmp_path_factory.mktemp("kinds")
+    return [make_adapter(folder / name, shape, seed, **config) for seed, (name, config) in enumerate(KINDS.items())]
+
+
+def runner(llm: Any) -> str:
+    """Class of the model runner, the base classes' module included."""
+    core = llm.llm_engine.engine_core.engine_core
+    return repr(type(core.model_executor.driver_worker.worker.model_runner).__mro__)
+
+
+@pytest.mark.parametrize("ops", ["kernels", "reference"])
+@pytest.mark.parametrize("tiny", [2], ids=["kv2"], indirect=True)
+def test_every_kind_of_adapter_in_one_batch(
+    tiny: str, adapters: list[ParadeRequest], ops: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PARADE_OPS", ops)
+    kinds = cycle([*adapters, None])
+    lengths = [1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 16, 17, 31, 32, 33, 1]
+    requests = [next(kinds) for _ in lengths]
+    with engine(tiny, **OPTIONS) as llm:
+        assert "vllm.v1.worker.gpu.model_runner" in runner(llm)
+        outputs = llm.generate(
+            prompts(lengths, vocab=512), greedy(6, detokenize=False), parade_request=requests, use_tqdm=False
+        )
+    Oracle(tiny).check(outputs, requests)
+
+
+@pytest.mark.parametrize("tiny", [2], ids=["kv2"], indirect=True)
+def test_preempted_requests_come_again_as_new_ones(tiny: str, adapters: list[ParadeRequest]) -> None:
+    requests = [adapters[0], None, adapters[3], adapters[0], adapters[1], None]
+    tight = {"num_gpu_blocks_override": 8, "block_size": 32, "max_num_batched_tokens": 64, "max_num_seqs": 8}
+    with engine(tiny, **OPTIONS, **tight, max_model_len=160) as llm:
+        outputs = llm.generate(
+            prompts([40, 50, 60, 30, 45, 55], vocab=512),
+            greedy(30, detokenize=False),
+            parade_request=requests,
+            use_tqdm=False,
+        )
+        preemptions = [m for m in llm.get_metrics() if m.name == "vllm:num_preemptions"]
+    assert sum(metric.value for metric in preemptions) > 0
+    Oracle(tiny).check(outputs, requests)
