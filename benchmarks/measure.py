@@ -121,6 +121,8 @@ def main() -> None:
     parser.add_argument("--engine", default="{}", help="further engine arguments as JSON")
     args = parser.parse_args()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    # Making adapters starts OpenMP threads, and a fork of a process that has them hangs.
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     variant = Variant(args.variant, args)
     for point in args.points.split(","):
         batch, length = map(int, point.split("x"))

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from vllm_parade.adapter import AdapterConfig, BaseModelShape, initial_generator, save_adapter
+from vllm_parade.adapter.folder import CONFIG_FILE, WEIGHTS_FILE
 
 SIZES: dict[str, dict[str, Any]] = {
     "llama2-7b": {
@@ -71,14 +72,20 @@ def make_parades(folder: Path, shape: BaseModelShape, count: int) -> list[str]:
         weights = initial_generator(config, shape, random)
         weights.up.normal_(0, 0.02, generator=random)
         generators[layer] = weights.to("cpu", torch.bfloat16)
-    paths = []
-    for number in range(count):
-        generators[0].bias[0] = 1 + (number + 1) / 256
-        path = folder / f"parade{number}"
-        if not path.exists():
-            save_adapter(path, config, generators)
-        paths.append(str(path))
-    return paths
+    first = folder / "parade0"
+    save_adapter(first, config, generators)
+    return [str(first), *(str(_other_content(first, folder / f"parade{number}", number)) for number in range(1, count))]
+
+
+def _other_content(adapter: Path, copy: Path, number: int) -> Path:
+    """A copy that differs in one weight, which makes it another adapter to everybody who compares contents."""
+    copy.mkdir(exist_ok=True)
+    (copy / CONFIG_FILE).write_bytes((adapter / CONFIG_FILE).read_bytes())
+    content = bytearray((adapter / WEIGHTS_FILE).read_bytes())
+    # The file's last two bytes are the last bfloat16 number: any bits below infinity's will do.
+    content[-2:] = (0x3C00 + number).to_bytes(2, "little")
+    (copy / WEIGHTS_FILE).write_bytes(content)
+    return copy
 
 
 def make_loras(folder: Path, shape: BaseModelShape, count: int) -> list[str]:

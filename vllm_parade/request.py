@@ -2,6 +2,7 @@
 """The values that travel: which adapter a request wants, and what the scheduler tells the workers about a step."""
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 # Key of a PARADE request in SamplingParams.extra_args, and name of the plan on SchedulerOutput.
 EXTRA_ARGS_KEY = "parade"
@@ -100,3 +101,19 @@ class StepPlan:
 
 
 EMPTY_PLAN = StepPlan(rows={}, instructions={})
+
+
+def plan_of(scheduler_output: Any) -> StepPlan:
+    """The plan that rides on vLLM's SchedulerOutput; an empty one for steps that a worker makes up to warm itself up.
+
+    Raises:
+        RuntimeError: a PARADE request without a plan, which would get the base model's answer.
+    """
+    plan: StepPlan | None = getattr(scheduler_output, PLAN_ATTRIBUTE, None)
+    if plan is not None:
+        return plan
+    for request in scheduler_output.scheduled_new_reqs:
+        params = request.sampling_params
+        if params is not None and Instruction.from_extra_args(params.extra_args) is not None:
+            raise RuntimeError(f"request {request.req_id} names an adapter, but the step has no PARADE plan")
+    return EMPTY_PLAN

@@ -2,10 +2,12 @@
 """Before an engine starts: read the knobs, refuse what cannot be served rightly, choose scheduler and worker."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from vllm.compilation.breakable_cudagraph import is_breakable_cudagraph_enabled
 from vllm.logger import init_logger
 
@@ -92,8 +94,21 @@ def _check_names(vllm_config: "VllmConfig", config: ServingConfig, served_names:
 def _check_modules(vllm_config: "VllmConfig", config: ServingConfig) -> None:
     """Read every static adapter once, so that a bad one is one clear line before minutes of loading the model."""
     shape = BaseModelShape.from_hf_config(vllm_config.model_config.hf_text_config)
-    for module in config.parade_modules:
-        load_adapter(module.path, shape, max_rank=config.max_parade_rank, sites=config.sites)
+    with _one_thread():
+        for module in config.parade_modules:
+            load_adapter(module.path, shape, max_rank=config.max_parade_rank, sites=config.sites)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keep PyTorch from starting OpenMP threads: on GPUs vLLM forks its engine next, and a fork of a process that has
+    them hangs in its first parallel operation."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def refuse_unsupported(vllm_config: "VllmConfig") -> None:

@@ -3,7 +3,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from vllm_parade.request import PLAN_ATTRIBUTE
+from vllm_parade.request import plan_of
 from vllm_parade.worker.manager import ParadeManager
 
 if TYPE_CHECKING:
@@ -26,8 +26,7 @@ class ParadeModelRunnerMixin(Base):
     def _prepare_inputs(self, scheduler_output: "SchedulerOutput", *args: Any, **kwargs: Any) -> Any:
         # After this step's requests have entered the batch and taken their order, before the forward pass.
         prepared = super()._prepare_inputs(scheduler_output, *args, **kwargs)
-        plan = getattr(scheduler_output, PLAN_ATTRIBUTE)
-        self.parade.prepare(plan, self.input_batch.req_ids, scheduler_output.num_scheduled_tokens)
+        self.parade.prepare(plan_of(scheduler_output), self.input_batch.req_ids, scheduler_output.num_scheduled_tokens)
         return prepared
 
     def _determine_batch_execution_and_padding(self, *args: Any, **kwargs: Any) -> Any:

@@ -7,7 +7,7 @@ long an instruction is, and whether it must be read, stands in the step's plan.
 
 from typing import TYPE_CHECKING, Any
 
-from vllm_parade.request import PLAN_ATTRIBUTE
+from vllm_parade.request import plan_of
 from vllm_parade.worker.manager import ParadeManager
 
 if TYPE_CHECKING:
@@ -31,8 +31,7 @@ class ParadeModelRunnerV2Mixin(Base):
     def prepare_inputs(self, scheduler_output: "SchedulerOutput", *args: Any, **kwargs: Any) -> "InputBatch":
         """Fill the step's metadata as soon as the batch has its order. Dummy runs never come here."""
         input_batch = super().prepare_inputs(scheduler_output, *args, **kwargs)
-        plan = getattr(scheduler_output, PLAN_ATTRIBUTE)
-        self.parade.prepare(plan, input_batch.req_ids, scheduler_output.num_scheduled_tokens)
+        self.parade.prepare(plan_of(scheduler_output), input_batch.req_ids, scheduler_output.num_scheduled_tokens)
         return input_batch
 
     def execute_model(self, *args: Any, dummy_run: bool = False, **kwargs: Any) -> Any:
