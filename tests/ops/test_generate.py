@@ -6,7 +6,7 @@ import torch
 
 from vllm_parade.adapter import AdapterConfig, BaseModelShape, GeneratorWeights, initial_generator
 from vllm_parade.ops import reference
-from vllm_parade.ops.job import GeneratorJob
+from vllm_parade.ops.job import NUM_POINTERS, GeneratorJob, GeneratorStep, packed_generator
 
 pytestmark = pytest.mark.triton
 
@@ -50,7 +50,7 @@ def run_both(lengths, configs, dtype, *, gap=3, num_rows=None, strided=False):
         streams = [torch.cat([stream, stream], dim=1)[:, :HIDDEN] for stream in streams]
     settings = [AdapterConfig(sites=tuple(WIDTHS), **config) for config in configs]
     weights = [random_generator(config, seed, dtype) for seed, config in enumerate(settings)]
-    packed = [generate.packed_generator(generator) for generator in weights]
+    packed = [packed_generator(generator) for generator in weights]
     pointers = torch.tensor([addresses for _, addresses in packed], device=DEVICE)
     table = torch.full((num_rows or len(lengths) + 2, width), float("nan"), device=DEVICE, dtype=dtype)
     start, jobs, wanted = gap, [], table.clone()
@@ -62,7 +62,7 @@ def run_both(lengths, configs, dtype, *, gap=3, num_rows=None, strided=False):
         choice = {"pooler": settings[slot].pooler, "activation": settings[slot].activation}
         wanted[number + 1] = reference.generate(hidden[None], mask, **vars(weights[slot]), **choice)[0]
         start += length + gap
-    step = generate.GeneratorStep.make(jobs, torch.device(DEVICE))
+    step = GeneratorStep.make(jobs, torch.device(DEVICE))
     workspace = torch.full((generate.workspace_size(total, 64),), float("nan"), device=DEVICE)
     generate.generate_rows(*streams, table, pointers, step, workspace)
     return table, wanted
@@ -97,8 +97,8 @@ def test_layer_without_generator_writes_ones():
 
     table = torch.zeros(3, 50, device=DEVICE)
     hidden = torch.full((10, HIDDEN), float("nan"), device=DEVICE)
-    pointers = torch.zeros(1, generate.NUM_POINTERS, dtype=torch.int64, device=DEVICE)
-    step = generate.GeneratorStep.make([GeneratorJob(2, 0, 10, 0, AdapterConfig())], torch.device(DEVICE))
+    pointers = torch.zeros(1, NUM_POINTERS, dtype=torch.int64, device=DEVICE)
+    step = GeneratorStep.make([GeneratorJob(2, 0, 10, 0, AdapterConfig())], torch.device(DEVICE))
     workspace = torch.empty(generate.workspace_size(10, 64), device=DEVICE)
     generate.generate_rows(hidden, hidden, table, pointers, step, workspace)
     assert table[2].eq(1).all()

@@ -2,16 +2,12 @@
 """What the layers must know of a step: filled by the runner, read by the layers, which never see requests."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from vllm_parade.ops import use_kernels
-from vllm_parade.ops.job import GeneratorJob
-
-if TYPE_CHECKING:
-    from vllm_parade.ops.generate import GeneratorStep
+from vllm_parade.ops.job import GeneratorJob, GeneratorStep
 
 
 @dataclass
@@ -24,7 +20,7 @@ class BatchMetadata:
     """[workspace size] float32, what one kernel leaves for the next; None without kernels."""
     jobs: list[GeneratorJob] = field(default_factory=list)
     """The instructions of this step."""
-    step: "GeneratorStep | None" = None
+    step: GeneratorStep | None = None
     """The same on the device, for the kernels."""
 
     @classmethod
@@ -50,8 +46,6 @@ class BatchMetadata:
         self.token_rows.copy_(staged, non_blocking=True)
         self.jobs, self.step = jobs, None
         if jobs and self.workspace is not None:
-            from vllm_parade.ops.generate import GeneratorStep
-
             self.step = GeneratorStep.make(jobs, self.token_rows.device)
 
     def clear(self) -> None:

@@ -13,7 +13,7 @@ from vllm_parade.adapter import Adapter, AdapterConfig, BaseModelShape, Generato
 from vllm_parade.layers.batch import BatchMetadata
 from vllm_parade.layers.sites import SiteShard, shard_generator
 from vllm_parade.ops import reference
-from vllm_parade.ops.job import NUM_POINTERS, GeneratorJob
+from vllm_parade.ops.job import NUM_POINTERS, GeneratorJob, packed_generator
 
 
 class ParadeLayer:
@@ -49,8 +49,6 @@ class ParadeLayer:
         if self.pointers is None:
             self.generators[slot] = weights
             return
-        from vllm_parade.ops.generate import packed_generator
-
         # Kernels read through addresses. Those of the slot's last adapter stay allocated until the new ones stand, and
         # memory is reused in the order of the stream, so a step in flight still finds what it was planned with.
         tensors, addresses = ([], [0] * NUM_POINTERS) if weights is None else packed_generator(weights)
