@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from vllm.forward_context import override_forward_context
 
-from vllm_parade.adapter import Adapter, AdapterConfig, BaseModelShape, adapted_layers, initial_generator
+from vllm_parade.adapter import Adapter, AdapterConfig, AdapterError, BaseModelShape, adapted_layers, initial_generator
 from vllm_parade.layers import BatchMetadata, adjust_model
 from vllm_parade.layers.model import UnsupportedModelError
 from vllm_parade.ops import reference
@@ -96,7 +96,7 @@ class Adjusted:
 
     def activate(self, adapter, slot=0):
         for layer in self.layers:
-            layer.activate(slot, adapter, SHAPE)
+            layer.activate(slot, layer.shard(adapter, SHAPE))
 
 
 def hidden_states(tokens=TOKENS, seed=0):
@@ -280,3 +280,15 @@ class TestUnsupportedModels:
         delattr(getattr(model.layers[1], module), projection)
         with pytest.raises(UnsupportedModelError, match=r"layer layers\.1 has no fused qkv_proj and gate_up_proj"):
             self.adjust(model)
+
+
+def test_weights_that_the_models_dtype_cannot_hold_are_refused():
+    adapter = make_adapter()
+    adapter.generators[1].up[0, 0] = 1e5
+    context: dict = {}
+    sizes = {"sites": ("q", "v", "up"), "num_rows": 2, "num_slots": 1}
+    batch = BatchMetadata.make(TOKENS, 16, CPU)
+    layers = adjust_model(make_model(), **sizes, batch=batch, forward_context=context, device=CPU, dtype=torch.float16)
+    layers[0].shard(adapter, SHAPE)
+    with pytest.raises(AdapterError, match=r"up\.weight of layer 1 overflows in torch\.float16"):
+        layers[1].shard(adapter, SHAPE)

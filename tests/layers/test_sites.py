@@ -64,7 +64,7 @@ class TestShards:
         whole = dict(zip(sites, vector.split([shape.widths[site] for site in sites], dim=1), strict=True))
         for rank in range(ranks):
             shards = rank_shards(rank, ranks, kv_heads)
-            row = generate(config, shard_generator(weights, config, shape, shards, torch.device("cpu"), torch.float32))
+            row = generate(config, shard_generator(weights, config, shape, shards, torch.float32))
             parts = row.split([shard.width for shard in shards], dim=1)
             for shard, part in zip(shards, parts, strict=True):
                 if shard.name in sites:
@@ -92,7 +92,7 @@ def test_a_value_head_may_have_another_size():
 def test_a_shard_is_a_copy_in_the_models_dtype():
     config, shape = AdapterConfig(), model_shape(2)
     weights = strong_generator(config, shape)
-    local = shard_generator(weights, config, shape, rank_shards(0, 2, 2), torch.device("cpu"), torch.bfloat16)
+    local = shard_generator(weights, config, shape, rank_shards(0, 2, 2), torch.bfloat16)
     assert {tensor.dtype for tensor in local.named_tensors().values()} == {torch.bfloat16}
     assert local.up.shape == (HEADS * HEAD // 2 + 2 * HEAD + INTERMEDIATE, config.r)
 

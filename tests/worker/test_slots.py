@@ -14,9 +14,12 @@ class FakeLayer:
     def __init__(self):
         self.generators = {}
 
-    def activate(self, slot, adapter, shape):
+    def shard(self, adapter, shape):
         assert shape is SHAPE
-        self.generators[slot] = adapter.content_hash
+        return adapter.content_hash
+
+    def activate(self, slot, weights):
+        self.generators[slot] = weights
 
 
 @pytest.fixture
@@ -29,7 +32,7 @@ def slots(layers):
     """2 slots; a to d are in host memory."""
     slots = AdapterSlots(layers, SHAPE, num_slots=2)
     for name in "abcd":
-        slots.add(SimpleNamespace(content_hash=name))
+        slots.add(SimpleNamespace(content_hash=name, config=None))
     return slots
 
 
@@ -101,6 +104,6 @@ def test_remove_of_what_has_no_slot(slots):
 
 def test_the_same_content_twice_is_one_adapter(slots):
     slots.activate(["a"])
-    slots.add(SimpleNamespace(content_hash="a"))
+    slots.add(SimpleNamespace(content_hash="a", config=None))
     slots.activate(["a"])
     assert on_device(slots) == "a"

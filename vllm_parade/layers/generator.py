@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 from vllm.forward_context import get_forward_context
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from vllm_parade.adapter import Adapter, AdapterConfig, BaseModelShape, GeneratorWeights
+from vllm_parade.adapter import Adapter, AdapterConfig, AdapterError, BaseModelShape, GeneratorWeights
 from vllm_parade.layers.batch import BatchMetadata
 from vllm_parade.layers.sites import SiteShard, shard_generator
 from vllm_parade.ops import reference
@@ -40,12 +40,25 @@ class ParadeLayer:
         if batch.workspace is not None:
             self.pointers = torch.zeros(num_slots, NUM_POINTERS, dtype=torch.int64, device=device)
 
-    def activate(self, slot: int, adapter: Adapter, shape: BaseModelShape) -> None:
-        """Copy this rank's part of an adapter's generator to the device, into `slot`."""
+    def shard(self, adapter: Adapter, shape: BaseModelShape) -> GeneratorWeights | None:
+        """This rank's part of an adapter's generator in host memory, ready to be copied; None if it has none.
+
+        Raises:
+            AdapterError: a weight that the model's dtype cannot hold.
+        """
         weights = adapter.generators.get(self.index)
+        if weights is None:
+            return None
+        local = shard_generator(weights, adapter.config, shape, self.shards, self.table.dtype)
+        for name, tensor in local.named_tensors().items():
+            if not tensor.isfinite().all():
+                raise AdapterError(f"{adapter.path}: {name} of layer {self.index} overflows in {self.table.dtype}")
+        return local.pinned() if self.table.is_cuda else local
+
+    def activate(self, slot: int, weights: GeneratorWeights | None) -> None:
+        """Copy what `shard` made to the device, into `slot`; the host does not wait for it."""
         if weights is not None:
-            device, dtype = self.table.device, self.table.dtype
-            weights = shard_generator(weights, adapter.config, shape, self.shards, device, dtype)
+            weights = weights.to(self.table.device, self.table.dtype)
         if self.pointers is None:
             self.generators[slot] = weights
             return

@@ -51,10 +51,9 @@ def shard_generator(
     config: AdapterConfig,
     shape: BaseModelShape,
     shards: list[SiteShard],
-    device: torch.device,
     dtype: torch.dtype,
 ) -> GeneratorWeights:
-    """This rank's part of a generator, writing a whole row of the table.
+    """This rank's part of a generator, in the model's dtype, writing a whole row of the table.
 
     The projection down and the pooler are the same on all ranks; of the projection up only the rows of this rank's
     columns are kept, so no rank needs another's result. Sites that the adapter leaves alone get weight 0 and bias 1.
@@ -72,4 +71,4 @@ def shard_generator(
             up.append(weights.up.new_zeros(shard.width, config.r))
             bias.append(weights.bias.new_ones(shard.width))
     local = GeneratorWeights(weights.down, weights.query, weights.weight, torch.cat(up), torch.cat(bias))
-    return local.to(device, dtype)
+    return local.to(weights.up.device, dtype)

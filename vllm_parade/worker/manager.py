@@ -51,12 +51,12 @@ class ParadeManager:
         """
         try:
             adapter = load_adapter(path, self.shape, max_rank=self.config.max_parade_rank, sites=self.config.sites)
+            self.slots.add(adapter)
         except AdapterError as error:
             return {"ok": False, "error": str(error)}
         except Exception as error:
             logger.exception("Loading the adapter in %s failed", path)
             return {"ok": False, "error": f"{path}: {type(error).__name__}: {error}"}
-        self.slots.add(adapter)
         for content_hash in evicted:
             if content_hash != adapter.content_hash:
                 self.slots.remove(content_hash)

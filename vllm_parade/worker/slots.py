@@ -3,9 +3,18 @@
 
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
-from vllm_parade.adapter import Adapter, BaseModelShape
+from vllm_parade.adapter import Adapter, AdapterConfig, BaseModelShape, GeneratorWeights
 from vllm_parade.layers import ParadeLayer
+
+
+@dataclass(frozen=True)
+class HostAdapter:
+    """An adapter in host memory: this rank's part, in the model's dtype, one generator a layer."""
+
+    config: AdapterConfig
+    generators: list[GeneratorWeights | None]
 
 
 class AdapterSlots:
@@ -15,12 +24,17 @@ class AdapterSlots:
         self.layers = layers
         self.shape = shape
         self.num_slots = num_slots
-        self.host: dict[str, Adapter] = {}
+        self.host: dict[str, HostAdapter] = {}
         self.device: OrderedDict[str, int] = OrderedDict()
 
     def add(self, adapter: Adapter) -> None:
-        """Hold an adapter in host memory."""
-        self.host[adapter.content_hash] = adapter
+        """Hold an adapter in host memory.
+
+        Raises:
+            AdapterError: the model's dtype cannot hold it; nothing has changed.
+        """
+        generators = [layer.shard(adapter, self.shape) for layer in self.layers]
+        self.host[adapter.content_hash] = HostAdapter(adapter.config, generators)
 
     def remove(self, content_hash: str) -> None:
         """Forget an adapter. What it left in its slot stays there, unread, until the slot is taken."""
@@ -42,12 +56,12 @@ class AdapterSlots:
                 self.device.move_to_end(content_hash)
         for content_hash in content_hashes:
             if content_hash not in self.device:
-                self._activate(self.host[content_hash])
+                self._activate(content_hash, self.host[content_hash])
         return {content_hash: self.device[content_hash] for content_hash in content_hashes}
 
-    def _activate(self, adapter: Adapter) -> None:
+    def _activate(self, content_hash: str, adapter: HostAdapter) -> None:
         free = set(range(self.num_slots)) - set(self.device.values())
         slot = min(free) if free else self.device.popitem(last=False)[1]
-        for layer in self.layers:
-            layer.activate(slot, adapter, self.shape)
-        self.device[adapter.content_hash] = slot
+        for layer, weights in zip(self.layers, adapter.generators, strict=True):
+            layer.activate(slot, weights)
+        self.device[content_hash] = slot
