@@ -53,8 +53,8 @@ class ParadeSchedulerMixin(Base):
             request.skip_reading_prefix_cache = skip
 
     def _reserve_prefill_lookahead(self, request: "Request", num_computed_tokens: int, num_new_tokens: int) -> int:
-        instruction = instruction_of(request)
-        if instruction is not None and request.request_id not in self.rows:
+        instruction = None if request.request_id in self.rows else instruction_of(request)
+        if instruction is not None:
             if num_computed_tokens > 0 or num_new_tokens < instruction.tokens or not self._can_generate(instruction):
                 return 0
             self.step_adapters.add(instruction.adapter)
@@ -74,10 +74,11 @@ class ParadeSchedulerMixin(Base):
         rows: dict[str, int] = {}
         instructions: dict[str, Instruction] = {}
         for request_id in scheduler_output.num_scheduled_tokens:
-            instruction = instruction_of(self.requests[request_id])
-            if instruction is None:
-                continue
+            # Most requests of a step have their row already: their instruction need not be looked at.
             if request_id not in self.rows:
+                instruction = instruction_of(self.requests[request_id])
+                if instruction is None:
+                    continue
                 self.rows.allocate(request_id, self._running_ids())
                 instructions[request_id] = instruction
             rows[request_id] = self.rows.row(request_id)
