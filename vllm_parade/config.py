@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The server's knobs: the ParadeConfig flags, checked in one place."""
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_parade.adapter.config import DEFAULT_SITES, SITES
@@ -71,8 +73,9 @@ class ServingConfig:
     """Adapters resident on the device. Only reading a prompt needs one there; decoding needs none."""
     max_cpu_parades: int | None = None
     """Adapters held in host memory; by default as many as max-parades or parade-modules, whichever is more."""
-    max_parade_rank: int = 64
-    """Largest bottleneck size r that an adapter may have."""
+    max_parade_rank: int = 16
+    """Largest bottleneck size r that an adapter may have. Device memory for max-parades adapters of this size is taken
+    at start."""
     parade_sites: tuple[str, ...] | None = None
     """Projections whose outputs can be scaled, out of q, k, v, gate, up; by default q, v, up and what the adapters of
     parade-modules name. Each costs table memory: max-num-seqs times its width in every layer."""
@@ -147,9 +150,9 @@ class ServingConfig:
 
     def hashed(self, num_rows: int) -> dict[str, Any]:
         """What shapes the compiled model and so enters vLLM's compile cache key. Adapters' names and paths do not."""
-        from vllm_parade import __version__
-
-        return {"version": __version__, "sites": list(self.sites), "rows": num_rows}
+        layers = Path(__file__).parent / "layers"
+        traced = b"".join((layers / name).read_bytes() for name in ("model.py", "generator.py"))
+        return {"source": hashlib.sha256(traced).hexdigest(), "sites": list(self.sites), "rows": num_rows}
 
 
 def _tuple(values: Any) -> tuple[Any, ...]:

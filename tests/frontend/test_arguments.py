@@ -41,7 +41,7 @@ def test_every_knob_is_a_flag_of_one_group_with_a_help_text(parser):
         assert action.help
         assert action.help.endswith((".", ")"))
     assert "(default: 32)" in flags["max_parades"].help
-    assert "(default: 64)" in flags["max_parade_rank"].help
+    assert "(default: 16)" in flags["max_parade_rank"].help
     assert "PARADE" in group.description
 
 

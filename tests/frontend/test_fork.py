@@ -9,7 +9,11 @@ import os, signal, sys
 from vllm.engine.arg_utils import EngineArgs
 import vllm_parade
 EngineArgs(
-    model=sys.argv[1], skip_tokenizer_init=True, enable_parade=True, parade_modules=["a=" + sys.argv[2]]
+    model=sys.argv[1],
+    skip_tokenizer_init=True,
+    enable_parade=True,
+    max_parade_rank=64,
+    parade_modules=["a=" + sys.argv[2]],
 ).create_engine_config()
 import torch
 pid = os.fork()

@@ -11,7 +11,7 @@ from vllm_parade.config import ParadeConfigError, ParadeModule, ServingConfig, g
 def test_defaults():
     config = ServingConfig()
     assert not config.enable_parade
-    assert (config.max_parades, config.host_capacity, config.max_parade_rank) == (32, 32, 64)
+    assert (config.max_parades, config.host_capacity, config.max_parade_rank) == (32, 32, 16)
     assert config.sites == ("q", "v", "up")
 
 

@@ -8,13 +8,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from vllm.config import CUDAGraphMode
 from vllm.forward_context import override_forward_context
 
 from vllm_parade.adapter import Adapter, AdapterConfig, AdapterError, BaseModelShape, adapted_layers, initial_generator
-from vllm_parade.layers import BatchMetadata, adjust_model
+from vllm_parade.layers import BatchMetadata, SlotWeights, adjust_model
+from vllm_parade.layers.generator import LAYERS_KEY
 from vllm_parade.layers.model import UnsupportedModelError
 from vllm_parade.ops import reference
 from vllm_parade.ops.job import GeneratorJob
+from vllm_parade.ops.packed import PackedGenerators
 
 HIDDEN, HEAD, HEADS, KV_HEADS, INTERMEDIATE, LAYERS, ROWS, TOKENS = 16, 4, 4, 2, 24, 2, 5, 12
 SHAPE = BaseModelShape(
@@ -77,26 +80,29 @@ class Adjusted:
 
     def __init__(self, sites=("q", "v", "up")):
         self.model, self.plain = make_model(), make_model()
-        self.batch = BatchMetadata.make(TOKENS, 16, CPU)
+        self.batch = BatchMetadata.make(TOKENS, 4, 16, CPU)
         self.context = {}
         self.layers = adjust_model(
             self.model,
             sites=sites,
             num_rows=ROWS,
-            num_slots=2,
             batch=self.batch,
             forward_context=self.context,
             device=CPU,
             dtype=torch.float32,
         )
+        self.weights = SlotWeights(2, LAYERS, HIDDEN, self.layers[0].table.shape[1], 16, CPU, torch.float32)
+        for number, layer in enumerate(self.layers):
+            layer.generators = self.weights.of_layer(number)
 
     def run(self, index, hidden, residual=None):
-        with override_forward_context(SimpleNamespace(no_compile_layers=self.context)):
+        context = SimpleNamespace(no_compile_layers=self.context, cudagraph_runtime_mode=CUDAGraphMode.NONE)
+        with override_forward_context(context):
             return self.model.layers[index](hidden, residual)
 
     def activate(self, adapter, slot=0):
-        for layer in self.layers:
-            layer.activate(slot, layer.shard(adapter, SHAPE))
+        shards = [layer.shard(adapter, SHAPE) for layer in self.layers]
+        self.weights.put(slot, PackedGenerators.pack(shards, torch.float32, pin=False))
 
 
 def hidden_states(tokens=TOKENS, seed=0):
@@ -250,20 +256,20 @@ def test_parameters_keep_their_names():
     assert not adjusted.plain.layers[0].input_layernorm._forward_hooks
 
 
-def test_the_generator_op_finds_each_layer_by_name():
+def test_the_generator_op_finds_each_layer_by_its_table():
     adjusted = Adjusted()
-    assert list(adjusted.context) == ["layers.0.parade_generator", "layers.1.parade_generator"]
+    norms = [layer.input_layernorm for layer in adjusted.model.layers]
+    assert [adjusted.context[LAYERS_KEY][norm.parade_table.data_ptr()] for norm in norms] == adjusted.layers
     assert [layer.index for layer in adjusted.layers] == [0, 1]
 
 
 class TestUnsupportedModels:
     def adjust(self, model):
-        batch = BatchMetadata.make(TOKENS, 16, CPU)
+        batch = BatchMetadata.make(TOKENS, 4, 16, CPU)
         adjust_model(
             model,
             sites=("q",),
             num_rows=2,
-            num_slots=1,
             batch=batch,
             forward_context={},
             device=CPU,
@@ -286,8 +292,8 @@ def test_weights_that_the_models_dtype_cannot_hold_are_refused():
     adapter = make_adapter()
     adapter.generators[1].up[0, 0] = 1e5
     context: dict = {}
-    sizes = {"sites": ("q", "v", "up"), "num_rows": 2, "num_slots": 1}
-    batch = BatchMetadata.make(TOKENS, 16, CPU)
+    sizes = {"sites": ("q", "v", "up"), "num_rows": 2}
+    batch = BatchMetadata.make(TOKENS, 4, 16, CPU)
     layers = adjust_model(make_model(), **sizes, batch=batch, forward_context=context, device=CPU, dtype=torch.float16)
     layers[0].shard(adapter, SHAPE)
     with pytest.raises(AdapterError, match=r"up\.weight of layer 1 overflows in torch\.float16"):

@@ -6,7 +6,8 @@ import torch
 
 from vllm_parade.adapter import AdapterConfig, BaseModelShape, GeneratorWeights, initial_generator
 from vllm_parade.ops import reference
-from vllm_parade.ops.job import NUM_POINTERS, GeneratorJob, GeneratorStep, packed_generator
+from vllm_parade.ops.job import GeneratorJob, GeneratorStep, layout, step_size
+from vllm_parade.ops.packed import NUM_TENSORS, PackedGenerators
 
 pytestmark = pytest.mark.triton
 
@@ -38,6 +39,24 @@ def random_generator(config: AdapterConfig, seed: int, dtype: torch.dtype) -> Ge
     return weights.to(DEVICE, dtype)
 
 
+def in_slots(packed):
+    """Adapters in slots that are larger than they need, amid NaN."""
+    flat = torch.full(
+        (len(packed), max(len(one.flat) for one in packed) + 16), float("nan"), dtype=packed[0].flat.dtype
+    )
+    for slot, one in zip(flat, packed, strict=True):
+        slot[: len(one.flat)] = one.flat
+    return flat.to(DEVICE), torch.cat([one.offsets for one in packed]).to(DEVICE)
+
+
+def on_device(jobs, num_tokens, max_jobs=12):
+    """A step in a buffer that is full of other steps' numbers."""
+    buffer = torch.full((step_size(num_tokens, max_jobs),), 7, dtype=torch.int32)
+    numbers = layout(jobs, max_jobs)
+    buffer[: len(numbers)] = torch.tensor(numbers)
+    return GeneratorStep.in_buffer(buffer.to(DEVICE), max_jobs)
+
+
 def run_both(lengths, configs, dtype, *, gap=3, num_rows=None, strided=False):
     """Rows by the kernels and by the reference, with foreign tokens between the instructions."""
     from vllm_parade.ops import generate
@@ -50,8 +69,7 @@ def run_both(lengths, configs, dtype, *, gap=3, num_rows=None, strided=False):
         streams = [torch.cat([stream, stream], dim=1)[:, :HIDDEN] for stream in streams]
     settings = [AdapterConfig(sites=tuple(WIDTHS), **config) for config in configs]
     weights = [random_generator(config, seed, dtype) for seed, config in enumerate(settings)]
-    packed = [packed_generator(generator) for generator in weights]
-    pointers = torch.tensor([addresses for _, addresses in packed], device=DEVICE)
+    flat, offsets = in_slots([PackedGenerators.pack([generator], dtype, pin=False) for generator in weights])
     table = torch.full((num_rows or len(lengths) + 2, width), float("nan"), device=DEVICE, dtype=dtype)
     start, jobs, wanted = gap, [], table.clone()
     for number, length in enumerate(lengths):
@@ -62,9 +80,8 @@ def run_both(lengths, configs, dtype, *, gap=3, num_rows=None, strided=False):
         choice = {"pooler": settings[slot].pooler, "activation": settings[slot].activation}
         wanted[number + 1] = reference.generate(hidden[None], mask, **vars(weights[slot]), **choice)[0]
         start += length + gap
-    step = GeneratorStep.make(jobs, torch.device(DEVICE))
     workspace = torch.full((generate.workspace_size(total, 64),), float("nan"), device=DEVICE)
-    generate.generate_rows(*streams, table, pointers, step, workspace)
+    generate.generate_rows(*streams, table, flat, offsets, on_device(jobs, total), workspace, 64)
     return table, wanted
 
 
@@ -92,14 +109,58 @@ def test_strided_input():
     torch.testing.assert_close(table, wanted, atol=2e-5, rtol=2e-5, equal_nan=True)
 
 
-def test_layer_without_generator_writes_ones():
+def test_more_instructions_than_programs():
+    table, wanted = run_both([1, 3] * 6, CONFIGS[:3], torch.float32)
+    torch.testing.assert_close(table, wanted, atol=2e-5, rtol=2e-5, equal_nan=True)
+
+
+def generate_nothing(jobs):
+    """A batch of NaN under a slot without generators; rows of the table as they were, and as they are."""
     from vllm_parade.ops import generate
 
-    table = torch.zeros(3, 50, device=DEVICE)
+    table = torch.arange(150.0, device=DEVICE).view(3, 50)
+    before = table.clone()
     hidden = torch.full((10, HIDDEN), float("nan"), device=DEVICE)
-    pointers = torch.zeros(1, NUM_POINTERS, dtype=torch.int64, device=DEVICE)
-    step = GeneratorStep.make([GeneratorJob(2, 0, 10, 0, AdapterConfig())], torch.device(DEVICE))
+    flat = torch.full((1, 100), float("nan"), device=DEVICE)
+    offsets = torch.full((1, NUM_TENSORS), -1, device=DEVICE)
     workspace = torch.empty(generate.workspace_size(10, 64), device=DEVICE)
-    generate.generate_rows(hidden, hidden, table, pointers, step, workspace)
+    generate.generate_rows(hidden, hidden, table, flat, offsets, on_device(jobs, 10), workspace, 64)
+    return before, table
+
+
+def test_layer_without_generator_writes_ones():
+    before, table = generate_nothing([GeneratorJob(2, 0, 10, 0, AdapterConfig())])
     assert table[2].eq(1).all()
-    assert table[:2].eq(0).all()
+    assert torch.equal(table[:2], before[:2])
+
+
+def test_a_step_without_instructions_writes_nothing():
+    before, table = generate_nothing([])
+    assert torch.equal(table, before)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
+def test_one_graph_serves_every_step_of_its_size():
+    """Captured without instructions; replayed with one, with several, and with none."""
+    from vllm_parade.ops import generate
+
+    settings = [AdapterConfig(sites=tuple(WIDTHS), **config) for config in CONFIGS]
+    weights = [random_generator(config, seed, torch.float32) for seed, config in enumerate(settings)]
+    flat, offsets = in_slots([PackedGenerators.pack([one], torch.float32, pin=False) for one in weights])
+    hidden = torch.randn(100, HIDDEN, device=DEVICE)
+    table = torch.zeros(20, sum(WIDTHS.values()), device=DEVICE)
+    step = on_device([], 100)
+    workspace = torch.empty(generate.workspace_size(100, 64), device=DEVICE)
+    run = lambda table, step: generate.generate_rows(hidden, hidden, table, flat, offsets, step, workspace, 64)  # noqa: E731
+    run(table, step)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run(table, step)
+    for slots in ([2], [0, 1, 2, 3, 4, 5, 0, 3], []):
+        jobs = [GeneratorJob(n + 1, 12 * n, 5 + n, slot, settings[slot]) for n, slot in enumerate(slots)]
+        filled, wanted = on_device(jobs, 100), table.clone()
+        run(wanted, filled)
+        for target, source in zip(vars(step).values(), vars(filled).values(), strict=True):
+            target.copy_(source)
+        graph.replay()
+        assert torch.equal(table, wanted)

@@ -4,33 +4,41 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+from vllm_parade.adapter import GeneratorWeights
 from vllm_parade.worker.slots import AdapterSlots
 
 SHAPE = object()
 
 
 class FakeLayer:
-    def __init__(self):
-        self.generators = {}
+    """Shards of one number: the code of the adapter's name."""
 
     def shard(self, adapter, shape):
         assert shape is SHAPE
-        return adapter.content_hash
+        number = torch.tensor([[float(ord(adapter.content_hash))]])
+        return GeneratorWeights(number, None, None, number, number[0])
 
-    def activate(self, slot, weights):
-        self.generators[slot] = weights
+
+class FakeWeights:
+    """Remembers what each slot holds."""
+
+    def __init__(self, num_slots):
+        self.flat = torch.empty(num_slots, 0)
+        self.names = [""] * num_slots
+
+    def __len__(self):
+        return len(self.names)
+
+    def put(self, slot, packed):
+        self.names[slot] = "".join(chr(int(packed.generator(layer, packed.flat).down)) for layer in range(2))
 
 
 @pytest.fixture
-def layers():
-    return [FakeLayer(), FakeLayer()]
-
-
-@pytest.fixture
-def slots(layers):
+def slots():
     """2 slots; a to d are in host memory."""
-    slots = AdapterSlots(layers, SHAPE, num_slots=2)
+    slots = AdapterSlots([FakeLayer(), FakeLayer()], SHAPE, FakeWeights(2))
     for name in "abcd":
         slots.add(SimpleNamespace(content_hash=name, config=None))
     return slots
@@ -39,7 +47,7 @@ def slots(layers):
 def on_device(slots):
     """Names that hold a slot; all layers hold the same in it."""
     for name, slot in slots.device.items():
-        assert [layer.generators[slot] for layer in slots.layers] == [name, name]
+        assert slots.weights.names[slot] == 2 * name
     return "".join(sorted(slots.device))
 
 

@@ -69,15 +69,8 @@ class GeneratorWeights:
     bias: Tensor
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> "GeneratorWeights":
-        """The same on `device` in `dtype`; from pinned memory the copy is under way when this returns."""
-        # Towards the host nobody could tell when the copy is done.
-        free = torch.device(device).type != "cpu"
-        moved = {name: tensor.to(device, dtype, non_blocking=free) for name, tensor in self.named_tensors().items()}
-        return GeneratorWeights.from_named_tensors(moved)
-
-    def pinned(self) -> "GeneratorWeights":
-        """A copy in page-locked host memory."""
-        moved = {name: tensor.pin_memory() for name, tensor in self.named_tensors().items()}
+        """The same on `device` in `dtype`."""
+        moved = {name: tensor.to(device, dtype) for name, tensor in self.named_tensors().items()}
         return GeneratorWeights.from_named_tensors(moved)
 
     def named_tensors(self) -> dict[str, Tensor]:

@@ -116,7 +116,10 @@ _FIELD_HELP = {
         "Adapters held in host memory, at least max-parades. By default max-parades or the number of parade-modules, "
         "whichever is more."
     ),
-    "max_parade_rank": "Largest bottleneck size r that an adapter may have.",
+    "max_parade_rank": (
+        "Largest bottleneck size r that an adapter may have. Device memory for max-parades adapters of this size is "
+        "taken at start."
+    ),
     "parade_sites": (
         "Projections whose outputs adapters may scale. By default q, v, up and what the adapters of parade-modules "
         "name. Each takes max-num-seqs times its width of device memory in every layer."

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.compilation.breakable_cudagraph import is_breakable_cudagraph_enabled
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 
 from vllm_parade.adapter import AdapterError, BaseModelShape, load_adapter, load_config
 from vllm_parade.config import CONFIG_ATTRIBUTE, CONFIG_KEY, ParadeConfigError, ServingConfig, given_sites
 from vllm_parade.frontend.arguments import COMMAND_LINE
+from vllm_parade.ops import OVERRIDE, use_kernels
 
 if TYPE_CHECKING:
     from vllm.config import CompilationConfig, VllmConfig
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.parade.startup")
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-GENERATOR_OP = "vllm::parade_generate"
 SCHEDULERS = {False: "vllm_parade.scheduler.ParadeScheduler", True: "vllm_parade.scheduler.ParadeAsyncScheduler"}
 WORKERS = {
     "vllm.v1.worker.cpu_worker.CPUWorker": "vllm_parade.worker.cpu.ParadeCPUWorker",
@@ -64,16 +65,9 @@ def _enable(vllm_config: "VllmConfig", config: ServingConfig, served_names: str 
     _check_modules(vllm_config, config)
     vllm_config.scheduler_config.scheduler_cls = SCHEDULERS[bool(vllm_config.scheduler_config.async_scheduling)]
     vllm_config.parallel_config.worker_cls = WORKERS[vllm_config.parallel_config.worker_cls]
-    _keep_generators_out_of_graphs(vllm_config.compilation_config)
     num_rows = vllm_config.scheduler_config.max_num_seqs + 1
     vllm_config.additional_config = {**vllm_config.additional_config, CONFIG_KEY: config.hashed(num_rows)}
     setattr(vllm_config, CONFIG_ATTRIBUTE, config)
-
-
-def _keep_generators_out_of_graphs(compilation: "CompilationConfig") -> None:
-    """Run the generator op between the pieces of a compiled model: a CUDA graph would replay what it did in capture."""
-    if compilation.splitting_ops:
-        compilation.splitting_ops = [*compilation.splitting_ops, GENERATOR_OP]
 
 
 def _with_sites(config: ServingConfig) -> ServingConfig:
@@ -175,6 +169,13 @@ def _unsupported(vllm_config: "VllmConfig") -> list[tuple[str, bool, str]]:
             "sequence parallelism (compilation_config.pass_config.enable_sp)",
             bool(getattr(compilation.pass_config, "enable_sp", False)),
             "vectors are looked up by token position, which it cuts up",
+        ),
+        (
+            f"{OVERRIDE}=reference",
+            current_platform.is_cuda()
+            and compilation.cudagraph_mode.has_piecewise_cudagraphs()
+            and not use_kernels("cuda"),
+            "graphs cannot hold the reference generator; unset it, or add --enforce-eager",
         ),
         (
             f"cudagraph_mode {compilation.cudagraph_mode}",

@@ -7,48 +7,62 @@ import torch
 from torch import Tensor
 
 from vllm_parade.ops import use_kernels
-from vllm_parade.ops.job import GeneratorJob, GeneratorStep
+from vllm_parade.ops.job import GeneratorJob, GeneratorStep, layout, step_size
 
 
 @dataclass
 class BatchMetadata:
-    """One per engine, made once. CUDA graphs replay the address of `token_rows`, so it is only ever filled."""
+    """One per engine, made once and then only filled: CUDA graphs replay its addresses."""
 
+    buffer: Tensor
+    """[token rows | generator step] int32 on the device, filled by one copy a step."""
     token_rows: Tensor
-    """[max_num_batched_tokens] int32 on the device: row of every token of the step, 0 for padding."""
+    """[max_num_batched_tokens] int32, a view: row of every token of the step, 0 for padding."""
+    step: GeneratorStep
+    """The instructions of the step for the kernels: views."""
+    max_rank: int
+    """Largest r that an adapter may have."""
     workspace: Tensor | None
     """[workspace size] float32, what one kernel leaves for the next; None without kernels."""
     jobs: list[GeneratorJob] = field(default_factory=list)
     """The instructions of this step."""
-    step: GeneratorStep | None = None
-    """The same on the device, for the kernels."""
 
     @classmethod
-    def make(cls, max_num_tokens: int, max_rank: int, device: torch.device) -> "BatchMetadata":
-        """Allocate for steps of at most `max_num_tokens` tokens and adapters of at most `max_rank`."""
+    def make(cls, max_num_tokens: int, max_num_seqs: int, max_rank: int, device: torch.device) -> "BatchMetadata":
+        """Allocate for steps of at most so many tokens and requests, and adapters of at most `max_rank`."""
         workspace = None
-        if use_kernels(device):
+        if use_kernels(device.type):
             from vllm_parade.ops.generate import workspace_size
 
             workspace = torch.empty(workspace_size(max_num_tokens, max_rank), device=device)
+        # Kernels may load in wide pieces what begins at a multiple of 16 bytes.
+        step_start = (max_num_tokens + 3) // 4 * 4
+        size = step_start + step_size(max_num_tokens, max_num_seqs)
+        buffer = torch.zeros(size, dtype=torch.int32, device=device)
+        step = GeneratorStep.in_buffer(buffer[step_start:], max_num_seqs)
         return cls(
-            token_rows=torch.zeros(max_num_tokens, dtype=torch.int32, device=device),
+            buffer=buffer,
+            token_rows=buffer[:max_num_tokens],
+            step=step,
+            max_rank=max_rank,
             workspace=workspace,
         )
 
     def prepare(self, request_rows: list[int], request_tokens: list[int], jobs: list[GeneratorJob]) -> None:
         """Fill for a step: requests in batch order, with the row and the number of scheduled tokens of each."""
+        self.jobs = jobs
+        step_start = self.step.counts.storage_offset()
+        # Without instructions the counts alone say so; what stands behind them is not read.
+        numbers = layout(jobs, len(self.step.jobs)) if jobs else [0] * len(self.step.counts)
         # A fresh staging buffer every step: the copy of the step before may still be under way, and PyTorch hands
         # pinned memory out again only when it is done.
-        staged = torch.zeros(len(self.token_rows), dtype=torch.int32, pin_memory=self.token_rows.is_cuda)
+        staged = torch.zeros(step_start + len(numbers), dtype=torch.int32, pin_memory=self.buffer.is_cuda)
         rows = torch.tensor(request_rows, dtype=torch.int32).repeat_interleave(torch.tensor(request_tokens))
         staged[: len(rows)] = rows
-        self.token_rows.copy_(staged, non_blocking=True)
-        self.jobs, self.step = jobs, None
-        if jobs and self.workspace is not None:
-            self.step = GeneratorStep.make(jobs, self.token_rows.device)
+        staged[step_start:] = torch.tensor(numbers, dtype=torch.int32)
+        self.buffer[: len(staged)].copy_(staged, non_blocking=True)
 
     def clear(self) -> None:
         """Prepare for a run without requests (warm-up, profiling, graph capture)."""
-        self.token_rows.zero_()
-        self.jobs, self.step = [], None
+        self.buffer.zero_()
+        self.jobs = []

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vllm_parade.layers.batch import BatchMetadata
-from vllm_parade.layers.generator import ParadeLayer
+from vllm_parade.layers.generator import LAYERS_KEY, ParadeLayer
 from vllm_parade.layers.sites import SiteShard, gate_up_shards, qkv_shards
 
 
@@ -36,7 +36,6 @@ def adjust_model(
     *,
     sites: tuple[str, ...],
     num_rows: int,
-    num_slots: int,
     batch: BatchMetadata,
     forward_context: dict[str, Any],
     device: torch.device,
@@ -46,26 +45,25 @@ def adjust_model(
 
     Args:
         sites: projections to scale, in the order of the table's columns
-        forward_context: vLLM's map from layer names to layers, through which the generator op finds its layer
+        forward_context: vLLM's map from names to layers, through which the generator op finds its layer
     """
-    layers = []
+    layers: list[ParadeLayer] = []
     for name, module in decoder_layers(model):
         qkv, gate_up = module.self_attn.qkv_proj, module.mlp.gate_up_proj
         shards = {shard.name: shard for shard in (*qkv_shards(qkv), *gate_up_shards(gate_up))}
         index = int(name.rsplit(".", 1)[-1])
-        layer = ParadeLayer(index, [shards[site] for site in sites], num_rows, num_slots, batch, device, dtype)
-        _hook_norm(module.input_layernorm, f"{name}.parade_generator", layer, forward_context)
+        layer = ParadeLayer(index, [shards[site] for site in sites], num_rows, batch, device, dtype)
+        _hook_norm(module.input_layernorm, layer)
         _hook_projection(qkv, ("q", "k", "v"), layer)
         _hook_projection(gate_up, ("gate", "up"), layer)
         layers.append(layer)
     if not layers:
         raise UnsupportedModelError("the model has no decoder layer with input_layernorm, self_attn and mlp")
+    forward_context[LAYERS_KEY] = {layer.table.data_ptr(): layer for layer in layers}
     return layers
 
 
-def _hook_norm(norm: Any, layer_name: str, layer: ParadeLayer, forward_context: dict[str, Any]) -> None:
-    forward_context[layer_name] = layer
-    norm.parade_layer_name = layer_name
+def _hook_norm(norm: Any, layer: ParadeLayer) -> None:
     norm.register_buffer("parade_table", layer.table, persistent=False)
     norm.register_forward_hook(_generate_vectors)
 
@@ -73,7 +71,7 @@ def _hook_norm(norm: Any, layer_name: str, layer: ParadeLayer, forward_context: 
 def _generate_vectors(norm: Any, args: tuple[Tensor, ...], output: Tensor | tuple[Tensor, Tensor]) -> None:
     # The fused add-norm returns the residual stream beside its output; the model's first norm gets it as its input.
     attention_input, layer_input = output if isinstance(output, tuple) else (output, args[0])
-    torch.ops.vllm.parade_generate(layer_input, attention_input, norm.parade_table, norm.parade_layer_name)
+    torch.ops.vllm.parade_generate(layer_input, attention_input, norm.parade_table)
 
 
 def _hook_projection(projection: Any, names: tuple[str, ...], layer: ParadeLayer) -> None:

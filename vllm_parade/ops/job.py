@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The instructions of a step and the generators that read them, laid out as the kernels take them. Needs no Triton."""
+"""The instructions of a step, laid out as the kernels take them. Needs no Triton."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from vllm_parade.adapter import AdapterConfig, GeneratorWeights
+from vllm_parade.adapter import AdapterConfig
 
-# Addresses that the kernels need of one generator: down, query, weight, up, bias; zero where there is none.
-NUM_POINTERS = 5
-# Columns of `jobs`, one row an instruction: row, start, length, slot, offset in the workspace, r, capsules, pooler,
-# activation, whether it reads the attention's input.
-NUM_JOB_FIELDS = 10
-# Columns of `tiles`, one row a program of `_project`: the instruction and the first token within it.
+# Columns of `jobs`, one row an instruction: row, start, length, slot, r, capsules, pooler, activation, whether it reads
+# the attention's input.
+NUM_JOB_FIELDS = 9
+# Columns of `tiles`, one row a piece of an instruction: the job and the first token within it.
 NUM_TILE_FIELDS = 2
+# Number of jobs, number of tiles.
+NUM_COUNTS = 2
 BLOCK_TOKENS = 32
 POOLER_NUMBERS = {"attentional_capsule": 0, "dynamic_routing": 1, "last_token": 2}
 ACTIVATION_NUMBERS = {"gelu": 0, "relu": 1, "silu": 2, "tanh": 3}
@@ -35,41 +35,40 @@ class GeneratorJob:
 
 @dataclass(frozen=True)
 class GeneratorStep:
-    """The instructions of a step, on the device and in numbers that fix the launch."""
+    """The instructions of a step on the device, at addresses that never change: CUDA graphs replay them."""
 
+    counts: Tensor
+    """[NUM_COUNTS] int32"""
     jobs: Tensor
-    """[instructions, NUM_JOB_FIELDS] int32"""
+    """[max jobs, NUM_JOB_FIELDS] int32; those past the count are left over from earlier steps"""
     tiles: Tensor
-    """[tiles, NUM_TILE_FIELDS] int32"""
-    num_tokens: int
-    """Tokens of all instructions together."""
-    max_rank: int
-    max_capsules: int
-    max_capsule_size: int
+    """[max tiles, NUM_TILE_FIELDS] int32, likewise"""
 
     @classmethod
-    def make(cls, jobs: Sequence[GeneratorJob], device: torch.device) -> "GeneratorStep":
-        """Lay the jobs out on the device, by one copy that nobody waits for."""
-        lengths = [job.length for job in jobs]
-        offsets = [sum(lengths[:number]) for number in range(len(jobs))]
-        fields: list[int] = []
-        tiles: list[int] = []
-        for number, (job, offset) in enumerate(zip(jobs, offsets, strict=True)):
-            fields += [job.row, job.start, job.length, job.slot, offset, *_kind(job.config)]
-            for first in range(0, job.length, BLOCK_TOKENS):
-                tiles += [number, first]
-        packed = torch.tensor(fields + tiles, dtype=torch.int32, pin_memory=device.type == "cuda")
-        packed = packed.to(device, non_blocking=True)
-        configs = [job.config for job in jobs]
-        return cls(
-            jobs=packed[: len(fields)].view(-1, NUM_JOB_FIELDS),
-            tiles=packed[len(fields) :].view(-1, NUM_TILE_FIELDS),
-            num_tokens=sum(lengths),
-            max_rank=max(config.r for config in configs),
-            max_capsules=max(config.num_capsules for config in configs),
-            # The last capsule takes what division leaves over (pooler last_token only).
-            max_capsule_size=max(c.r - (c.num_capsules - 1) * (c.r // c.num_capsules) for c in configs),
+    def in_buffer(cls, buffer: Tensor, max_jobs: int) -> "GeneratorStep":
+        """Views of an int32 buffer of `step_size` entries."""
+        counts, jobs, tiles = buffer.split(
+            [NUM_COUNTS, max_jobs * NUM_JOB_FIELDS, len(buffer) - NUM_COUNTS - max_jobs * NUM_JOB_FIELDS]
         )
+        return cls(counts, jobs.view(-1, NUM_JOB_FIELDS), tiles.view(-1, NUM_TILE_FIELDS))
+
+
+def step_size(max_num_tokens: int, max_jobs: int) -> int:
+    """int32 numbers of a GeneratorStep for batches of at most so many tokens and instructions."""
+    max_tiles = math.ceil(max_num_tokens / BLOCK_TOKENS) + max_jobs
+    return NUM_COUNTS + max_jobs * NUM_JOB_FIELDS + max_tiles * NUM_TILE_FIELDS
+
+
+def layout(jobs: Sequence[GeneratorJob], max_jobs: int) -> list[int]:
+    """The numbers of a GeneratorStep, up to its last tile."""
+    fields: list[int] = []
+    tiles: list[int] = []
+    for number, job in enumerate(jobs):
+        fields += [job.row, job.start, job.length, job.slot, *_kind(job.config)]
+        for first in range(0, job.length, BLOCK_TOKENS):
+            tiles += [number, first]
+    unused = [0] * ((max_jobs - len(jobs)) * NUM_JOB_FIELDS)
+    return [len(jobs), len(tiles) // NUM_TILE_FIELDS, *fields, *unused, *tiles]
 
 
 def _kind(config: AdapterConfig) -> tuple[int, ...]:
@@ -80,12 +79,3 @@ def _kind(config: AdapterConfig) -> tuple[int, ...]:
         ACTIVATION_NUMBERS[config.activation],
         int(config.generator_input == "attention_input"),
     )
-
-
-def packed_generator(weights: GeneratorWeights) -> tuple[list[Tensor], list[int]]:
-    """A generator as the kernels read it: tensors to keep as long as it is used, and its row of `pointers`."""
-    joined = None if weights.weight is None else weights.weight.permute(1, 0, 2).reshape(len(weights.down), -1)
-    given = [weights.down, weights.query, joined, weights.up, weights.bias]
-    tensors = [None if tensor is None else tensor.contiguous() for tensor in given]
-    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-    return [tensor for tensor in tensors if tensor is not None], addresses

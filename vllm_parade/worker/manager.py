@@ -10,7 +10,7 @@ from vllm.logger import init_logger
 
 from vllm_parade.adapter import AdapterError, BaseModelShape, load_adapter
 from vllm_parade.config import ServingConfig
-from vllm_parade.layers import BatchMetadata, adjust_model
+from vllm_parade.layers import BatchMetadata, SlotWeights, adjust_model
 from vllm_parade.ops.job import GeneratorJob
 from vllm_parade.request import IDENTITY_ROW, StepPlan
 from vllm_parade.worker.slots import AdapterSlots
@@ -27,20 +27,31 @@ class ParadeManager:
     def __init__(self, vllm_config: "VllmConfig", model: nn.Module, device: torch.device) -> None:
         self.config = ServingConfig.from_vllm_config(vllm_config)
         self.shape = BaseModelShape.from_hf_config(vllm_config.model_config.hf_text_config)
-        self.batch = BatchMetadata.make(
-            vllm_config.scheduler_config.max_num_batched_tokens, self.config.max_parade_rank, device
-        )
+        scheduler, dtype = vllm_config.scheduler_config, vllm_config.model_config.dtype
+        max_rank = self.config.max_parade_rank
+        self.batch = BatchMetadata.make(scheduler.max_num_batched_tokens, scheduler.max_num_seqs, max_rank, device)
         layers = adjust_model(
             model,
             sites=self.config.sites,
-            num_rows=vllm_config.scheduler_config.max_num_seqs + 1,
-            num_slots=self.config.max_parades,
+            num_rows=scheduler.max_num_seqs + 1,
             batch=self.batch,
             forward_context=vllm_config.compilation_config.static_forward_context,
             device=device,
-            dtype=vllm_config.model_config.dtype,
+            dtype=dtype,
         )
-        self.slots = AdapterSlots(layers, self.shape, self.config.max_parades)
+        weights = SlotWeights(
+            self.config.max_parades,
+            len(layers),
+            self.shape.hidden_size,
+            layers[0].table.shape[1],
+            max_rank,
+            device,
+            dtype,
+        )
+        for number, layer in enumerate(layers):
+            layer.generators = weights.of_layer(number)
+        layers[0].warm_up(self.shape.hidden_size)
+        self.slots = AdapterSlots(layers, self.shape, weights)
 
     def add_adapter(self, path: str, evicted: Sequence[str]) -> dict[str, Any]:
         """Read an adapter into host memory, then forget others.
