@@ -1,92 +1,162 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run variants one after the other on the same machine, print a table, write JSON.
+"""What PARADE costs, beside the base model and LoRA, on the machine at hand.
 
-    python -m benchmarks --size llama2-7b --points 1x274,32x274,256x274
+    python -m benchmarks run decode prefill --size llama2-7b --folder /tmp/bench --out results.json
+    python -m benchmarks plot results.json --out pictures
 
-Ratios are to the first variant. Compare only figures of one run: another card, another day, another number.
+Compare only figures of one run: another card, another day, another number.
 """
 
 import argparse
 import json
-import platform
-import subprocess
-import sys
-import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from benchmarks.measure import VARIANTS
-
-MARK = "RESULT "
-
-
-def measure(variant: str, arguments: list[str]) -> list[dict[str, Any]]:
-    """Results of one variant, measured by a process of its own, whose output is passed on."""
-    command = [sys.executable, "-m", "benchmarks.measure", variant, *arguments]
-    results = []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            if line.startswith(MARK):
-                results.append(json.loads(line.removeprefix(MARK)))
-    if process.returncode != 0:
-        raise SystemExit(f"benchmarks: {variant} ended with {process.returncode}; its output is above")
-    return results
+from benchmarks.engine import VARIANTS, Settings
+from benchmarks.models import SIZES
+from benchmarks.workloads import WORKLOADS, Record
 
 
-def machine() -> dict[str, Any]:
-    """Card, versions and commit that the figures belong to."""
-    import torch
-    import vllm
+def run(args: argparse.Namespace) -> None:
+    """Offline engines."""
+    from benchmarks.measure import measure
 
-    import vllm_parade
-
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "card": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "vllm": vllm.__version__,
-        "vllm_parade": vllm_parade.__version__,
-        "commit": commit,
-        "date": time.strftime("%Y-%m-%d"),
-    }
+    _variants(args, lambda settings: measure(replace(settings, workloads=args.workloads, repeats=args.repeats)))
 
 
-def table(results: list[dict[str, Any]]) -> str:
-    """A Markdown table of the latency points."""
-    points = [result for result in results if result["point"] == "latency"]
-    base = {(point["batch"], point["length"]): point for point in reversed(points)}
-    lines = [
-        "| batch | prompt | variant | first token, ms | ratio | decode step, ms | ratio |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for point in points:
-        first = base[point["batch"], point["length"]]
-        ttft, decode = point["ttft_ms"] / first["ttft_ms"], point["decode_ms"] / first["decode_ms"]
-        lines.append(
-            f"| {point['batch']} | {point['length']} | {point['variant']} | {point['ttft_ms']:.1f} | {ttft:.3f} "
-            f"| {point['decode_ms']:.2f} | {decode:.3f} |"
+def serve(args: argparse.Namespace) -> None:
+    """Servers under recorded traffic."""
+    from benchmarks.serve import measure_server
+
+    _variants(args, lambda settings: measure_server(settings, args.trace, args.requests, args.speed))
+
+
+def _variants(args: argparse.Namespace, measure: Callable[[Settings], list[Record]]) -> None:
+    """The gate, then the variants one after the other; what is done is saved, whatever becomes of the next."""
+    from benchmarks.exactness import gate
+    from benchmarks.report import save, tables
+
+    args.folder.mkdir(parents=True, exist_ok=True)
+    results = [] if args.skip_gate else gate(args.folder, args.engine)
+    for variant in args.variants:
+        results += measure(
+            Settings(
+                variant=variant,
+                size=args.size,
+                folder=str(args.folder),
+                adapters=args.adapters,
+                slots=args.slots,
+                kv_cache_gib=args.kv_cache_gib,
+                engine=args.engine,
+            )
         )
-    return "\n".join(lines)
+        save(args.out, vars(args), results)
+    print(tables(results))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
+def kernels(args: argparse.Namespace) -> None:
+    """The generator's kernels alone."""
+    from benchmarks.kernels import measure_kernels
+    from benchmarks.report import save, tables
+
+    results = measure_kernels(args.size, args.repeats)
+    save(args.out, vars(args), results)
+    print(tables(results))
+
+
+def exactness(args: argparse.Namespace) -> None:
+    """Answers against the float32 reference."""
+    from benchmarks.exactness import main
+
+    main(args)
+
+
+def plot(args: argparse.Namespace) -> None:
+    """Pictures of results."""
+    from benchmarks.plot import pictures
+
+    for path in pictures(args.results, args.out):
+        print(path)
+
+
+def show(args: argparse.Namespace) -> None:
+    """Tables of saved results, those of several files together."""
+    from benchmarks.report import tables
+
+    contents = [json.loads(file.read_text()) for file in args.results]
+    for machine in {json.dumps(content["machine"]) for content in contents}:
+        print(machine)
+    print(tables([record for content in contents for record in content["results"]]))
+
+
+def _out_flag(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--out", type=Path, help="JSON file to write")
+
+
+def _folder_flags(sub: argparse.ArgumentParser) -> None:
+    text = "where models and adapters are made (18 MB an adapter of LLaMA-2 7B); they stay for the next run"
+    sub.add_argument("--folder", type=Path, required=True, help=text)
+    sub.add_argument("--engine", type=json.loads, default={}, help="further engine arguments, as JSON")
+
+
+def _variant_flags(sub: argparse.ArgumentParser, adapters: int) -> None:
+    sub.add_argument("--size", choices=SIZES, default="llama2-7b", help="default: %(default)s")
+    sub.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="default: all")
+    sub.add_argument("--adapters", type=int, default=adapters, help="PARADE adapters (default: %(default)s)")
+    sub.add_argument("--slots", type=int, default=64, help="adapters on the device (default: %(default)s)")
+    sub.add_argument("--kv-cache-gib", type=float, default=44, help="of every variant (default: %(default)s)")
+    sub.add_argument("--skip-gate", action="store_true", help="only where it has just passed with this code, here")
+    _folder_flags(sub)
+    _out_flag(sub)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--variants", nargs="+", default=["base", "parade", "lora"], choices=VARIANTS)
-    parser.add_argument("--folder", type=Path, required=True, help="where models and adapters are made (20 GB)")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
-    args, passed_on = parser.parse_known_args()
-    results = []
-    for variant in args.variants:
-        results += measure(variant, ["--folder", str(args.folder), *passed_on])
-    print(table(results))
-    if args.out:
-        args.out.write_text(json.dumps({"machine": machine(), "arguments": passed_on, "results": results}, indent=1))
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(function: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(function.__name__, help=text, description=text)
+        sub.set_defaults(function=function)
+        return sub
+
+    sub = command(run, "Measure offline: one engine a variant runs all named workloads.")
+    sub.add_argument("workloads", nargs="+", choices=WORKLOADS, metavar="WORKLOAD", help=", ".join(WORKLOADS))
+    _variant_flags(sub, adapters=256)
+    sub.add_argument("--repeats", type=int, default=3, help="of long runs; short ones get more (default: %(default)s)")
+
+    sub = command(serve, "Measure servers under recorded traffic, with vLLM's own client.")
+    sub.add_argument("--trace", type=Path, required=True, help="CSV: TIMESTAMP, ContextTokens, GeneratedTokens")
+    sub.add_argument("--requests", type=int, default=500, help="the trace's first ones (default: %(default)s)")
+    sub.add_argument("--speed", type=float, default=1.0, help="2 sends them in half the time (default: %(default)s)")
+    _variant_flags(sub, adapters=64)
+
+    sub = command(kernels, "Measure the generator's kernels alone, without an engine; needs a GPU.")
+    sub.add_argument("--size", choices=SIZES, default="llama2-7b", help="default: %(default)s")
+    sub.add_argument("--repeats", type=int, default=30, help="default: %(default)s")
+    _out_flag(sub)
+
+    sub = command(exactness, "Compare answers with the float32 reference; exit code 1 where they differ.")
+    sub.add_argument("--model", help="folder of a real model; without it, a tiny random one in float32")
+    sub.add_argument(
+        "--adapters", nargs="+", default=[], help="folders of adapters for it; without, random strong ones"
+    )
+    sub.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
+    _folder_flags(sub)
+    _out_flag(sub)
+
+    sub = command(show, "Print result files as tables; variants measured one by one get their ratios here.")
+    sub.add_argument("results", nargs="+", type=Path, metavar="RESULTS", help="JSON files of the other commands")
+
+    sub = command(plot, "Draw pictures from result files, those of one size and card together.")
+    sub.add_argument("results", nargs="+", type=Path, metavar="RESULTS", help="JSON files of `run`")
+    sub.add_argument("--out", type=Path, required=True, help="folder for the pictures")
+    return top
 
 
 if __name__ == "__main__":
-    main()
+    arguments = parser().parse_args()
+    arguments.function(arguments)

@@ -2,6 +2,10 @@
 """Models of real sizes with dummy weights, and random adapters for them: good for speed, never for quality."""
 
 import json
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +42,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "vocab_size": 1000,
     },
 }
+SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")
 LORA_MODULES = {
     "self_attn.q_proj": ("hidden", "q"),
     "self_attn.k_proj": ("hidden", "k"),
@@ -51,7 +56,7 @@ LORA_RANK = 4
 
 
 def make_model(folder: Path, size: str) -> BaseModelShape:
-    """Write a `config.json` of this size; vLLM fills in dummy weights."""
+    """Write `config.json` and a tokenizer of this size; vLLM fills in dummy weights."""
     from transformers import LlamaConfig
 
     sizes = SIZES[size]
@@ -60,32 +65,97 @@ def make_model(folder: Path, size: str) -> BaseModelShape:
     config.architectures = ["LlamaForCausalLM"]
     config.torch_dtype = "bfloat16"
     config.save_pretrained(folder)
+    _make_tokenizer(folder, sizes["vocab_size"])
     return BaseModelShape.from_hf_config(config)
 
 
-def make_parades(folder: Path, shape: BaseModelShape, count: int) -> list[str]:
-    """Write `count` PARADE adapters of the paper's setting (r = 12, four capsules, q, v, up) that differ in content."""
-    config = AdapterConfig()
-    random = torch.Generator().manual_seed(0)
+def _make_tokenizer(folder: Path, vocab_size: int) -> None:
+    """A word per token id, parted by spaces."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = [*SPECIAL_TOKENS, *(f"w{number}" for number in range(len(SPECIAL_TOKENS), vocab_size))]
+    vocab = {word: number for number, word in enumerate(words)}
+    unknown, begin, end = SPECIAL_TOKENS
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=unknown))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token=unknown, bos_token=begin, eos_token=end
+    ).save_pretrained(folder)
+
+
+def make_random_llama(folder: Path) -> BaseModelShape:
+    """Save a random LLaMA in float32 with grouped-query attention, small enough to compare with a reference."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=192,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=1024,
+        # Random weights of the usual size give almost equal log-probabilities, which compare badly.
+        initializer_range=0.15,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return BaseModelShape.from_hf_config(config)
+
+
+def make_random_parade(
+    folder: Path, shape: BaseModelShape, seed: int, dtype: torch.dtype, up: float, inner: float | None = None
+) -> str:
+    """Save an adapter whose up projections are random with standard deviation `up`; returns its folder.
+
+    Args:
+        inner: standard deviation of down projections and poolers; by default they are as training starts
+    """
+    config, random = AdapterConfig(), torch.Generator().manual_seed(seed)
     generators = {}
     for layer in range(shape.num_layers):
         weights = initial_generator(config, shape, random)
-        weights.up.normal_(0, 0.02, generator=random)
-        generators[layer] = weights.to("cpu", torch.bfloat16)
-    first = folder / "parade0"
-    save_adapter(first, config, generators)
-    return [str(first), *(str(_other_content(first, folder / f"parade{number}", number)) for number in range(1, count))]
+        weights.up.normal_(0, up, generator=random)
+        for tensor in (weights.down, weights.query, weights.weight):
+            if inner is not None and tensor is not None:
+                tensor.normal_(0, inner, generator=random)
+        generators[layer] = weights.to("cpu", dtype)
+    save_adapter(folder, config, generators)
+    return str(folder)
 
 
-def _other_content(adapter: Path, copy: Path, number: int) -> Path:
+def make_parades(folder: Path, shape: BaseModelShape, count: int) -> list[str]:
+    """Write `count` PARADE adapters of the paper's setting (r = 12, four capsules, q, v, up) that differ in content.
+
+    Folders that are already there stay, so a second run finds its adapters made.
+    """
+    template = folder / "parade_template"
+    if not (template / WEIGHTS_FILE).exists():
+        make_random_parade(template, shape, 0, torch.bfloat16, up=0.02)
+    paths = [folder / f"parade{number}" for number in range(count)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(partial(_other_content, template), paths, range(count)))
+    return [str(path) for path in paths]
+
+
+def _other_content(adapter: Path, copy: Path, number: int) -> None:
     """A copy that differs in one weight, which makes it another adapter to everybody who compares contents."""
+    if (copy / WEIGHTS_FILE).exists():
+        return
     copy.mkdir(exist_ok=True)
-    (copy / CONFIG_FILE).write_bytes((adapter / CONFIG_FILE).read_bytes())
-    content = bytearray((adapter / WEIGHTS_FILE).read_bytes())
-    # The file's last two bytes are the last bfloat16 number: any bits below infinity's will do.
-    content[-2:] = (0x3C00 + number).to_bytes(2, "little")
-    (copy / WEIGHTS_FILE).write_bytes(content)
-    return copy
+    shutil.copyfile(adapter / CONFIG_FILE, copy / CONFIG_FILE)
+    # The name comes last: what stands under it is whole, even where a run was cut off.
+    draft = copy / "draft"
+    shutil.copyfile(adapter / WEIGHTS_FILE, draft)
+    with draft.open("r+b") as file:
+        file.seek(-2, os.SEEK_END)
+        # The file's last two bytes are the last bfloat16 number: any bits below infinity's will do.
+        file.write((0x3C00 + number).to_bytes(2, "little"))
+    draft.replace(copy / WEIGHTS_FILE)
 
 
 def make_loras(folder: Path, shape: BaseModelShape, count: int) -> list[str]:

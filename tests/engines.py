@@ -26,6 +26,9 @@ def engine(model: str, **options: Any) -> Iterator[Any]:
 
     import vllm_parade  # noqa: F401  teaches LLM its keywords
 
+    if options.get("enable_parade"):
+        # Test adapters have ranks up to 24.
+        options = {"max_parade_rank": 32, **options}
     llm = LLM(model, **{**DEFAULTS, **options})
     try:
         yield llm

@@ -173,6 +173,7 @@ def test_refuses_other_architectures(engine_config, hf_config, tmp_path):
     [
         ("parallel_config", "pipeline_parallel_size", 2, "--pipeline-parallel-size"),
         ("parallel_config", "enable_dbo", True, "--enable-dbo"),
+        ("parallel_config", "_api_process_count", 2, "--api-server-count"),
         ("model_config", "enable_sleep_mode", True, "--enable-sleep-mode"),
         ("model_config", "is_encoder_decoder", True, "model architecture LlamaForCausalLM"),
         ("compilation_config", "pass_config", SimpleNamespace(enable_sp=True), "sequence parallelism"),

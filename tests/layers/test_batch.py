@@ -5,6 +5,9 @@ import torch
 from vllm_parade.adapter import AdapterConfig
 from vllm_parade.layers import BatchMetadata
 from vllm_parade.ops.job import GeneratorJob
+from vllm_parade.ops.packed import GeneratorLayout
+
+LAYOUT = GeneratorLayout.of(AdapterConfig(), 32, 48)
 
 
 @pytest.fixture
@@ -38,29 +41,28 @@ def test_address_stays(batch):
 
 
 def test_jobs_are_those_of_this_step(batch):
-    job = GeneratorJob(row=1, start=0, length=4, slot=0, config=AdapterConfig())
+    job = GeneratorJob(row=1, start=0, length=4, slot=0, layout=LAYOUT)
     batch.prepare([1], [4], [job])
     assert batch.jobs == [job]
-    assert batch.step.counts.tolist() == [1, 1]
-    assert batch.step.jobs[0].tolist() == [1, 0, 4, 0, 12, 4, 0, 0, 0]
+    assert batch.step.counts.tolist() == [1, 1, 0, 0]
+    offsets = [LAYOUT.offsets[name] for name in ("pooler.query", "pooler.weight", "up.weight", "up.bias")]
+    assert batch.step.jobs[0].tolist() == [1, 0, 4, 0, 12, 4, 0, 0, 0, LAYOUT.size, *offsets, 0, 0]
     assert batch.step.tiles[0].tolist() == [0, 0]
     batch.prepare([1], [1], [])
     assert batch.jobs == []
-    assert batch.step.counts.tolist() == [0, 0]
+    assert batch.step.counts.tolist() == [0, 0, 0, 0]
 
 
 def test_long_instructions_are_cut_into_tiles():
     batch = BatchMetadata.make(100, 4, 16, torch.device("cpu"))
-    jobs = [
-        GeneratorJob(row=n, start=0, length=length, slot=0, config=AdapterConfig()) for n, length in ((1, 33), (2, 64))
-    ]
+    jobs = [GeneratorJob(row=n, start=0, length=length, slot=0, layout=LAYOUT) for n, length in ((1, 33), (2, 64))]
     batch.prepare([1, 2], [33, 64], jobs)
-    assert batch.step.counts.tolist() == [2, 4]
+    assert batch.step.counts.tolist() == [2, 4, 0, 0]
     assert batch.step.tiles[:4].tolist() == [[0, 0], [0, 32], [1, 0], [1, 32]]
 
 
 def test_clear_is_a_step_without_requests(batch):
-    batch.prepare([1], [4], [GeneratorJob(row=1, start=0, length=4, slot=0, config=AdapterConfig())])
+    batch.prepare([1], [4], [GeneratorJob(row=1, start=0, length=4, slot=0, layout=LAYOUT)])
     batch.clear()
     assert batch.token_rows.tolist() == [0] * 8
     assert batch.jobs == []

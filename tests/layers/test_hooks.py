@@ -17,7 +17,7 @@ from vllm_parade.layers.generator import LAYERS_KEY
 from vllm_parade.layers.model import UnsupportedModelError
 from vllm_parade.ops import reference
 from vllm_parade.ops.job import GeneratorJob
-from vllm_parade.ops.packed import PackedGenerators
+from vllm_parade.ops.packed import GeneratorLayout, PackedGenerators
 
 HIDDEN, HEAD, HEADS, KV_HEADS, INTERMEDIATE, LAYERS, ROWS, TOKENS = 16, 4, 4, 2, 24, 2, 5, 12
 SHAPE = BaseModelShape(
@@ -93,7 +93,7 @@ class Adjusted:
         )
         self.weights = SlotWeights(2, LAYERS, HIDDEN, self.layers[0].table.shape[1], 16, CPU, torch.float32)
         for number, layer in enumerate(self.layers):
-            layer.generators = self.weights.of_layer(number)
+            layer.bind(self.weights, number)
 
     def run(self, index, hidden, residual=None):
         context = SimpleNamespace(no_compile_layers=self.context, cudagraph_runtime_mode=CUDAGraphMode.NONE)
@@ -102,7 +102,12 @@ class Adjusted:
 
     def activate(self, adapter, slot=0):
         shards = [layer.shard(adapter, SHAPE) for layer in self.layers]
-        self.weights.put(slot, PackedGenerators.pack(shards, torch.float32, pin=False))
+        packed = PackedGenerators.pack(layout_of(adapter), shards, torch.float32, pin=False)
+        self.weights.exchange({slot: packed}, [slot])
+
+
+def layout_of(adapter):
+    return GeneratorLayout.of(adapter.config, HIDDEN, 16 + 8 + INTERMEDIATE)
 
 
 def hidden_states(tokens=TOKENS, seed=0):
@@ -192,7 +197,7 @@ def test_an_instruction_writes_its_row_before_it_is_scaled(generator_input, with
     adjusted, adapter = Adjusted(), make_adapter(generator_input=generator_input)
     adjusted.activate(adapter)
     adjusted.batch.prepare(
-        [0, 2, 4], [3, 6, 3], [GeneratorJob(row=2, start=3, length=4, slot=0, config=adapter.config)]
+        [0, 2, 4], [3, 6, 3], [GeneratorJob(row=2, start=3, length=4, slot=0, layout=layout_of(adapter))]
     )
     hidden, residual = hidden_states(), hidden_states(seed=1) if with_residual else None
     stream = hidden if residual is None else hidden + residual
@@ -215,9 +220,9 @@ def test_instructions_of_several_adapters_pass_together():
     adjusted.activate(first)
     adjusted.activate(second, slot=1)
     jobs = [
-        GeneratorJob(row=1, start=0, length=5, slot=0, config=first.config),
-        GeneratorJob(row=3, start=5, length=4, slot=1, config=second.config),
-        GeneratorJob(row=2, start=9, length=3, slot=0, config=first.config),
+        GeneratorJob(row=1, start=0, length=5, slot=0, layout=layout_of(first)),
+        GeneratorJob(row=3, start=5, length=4, slot=1, layout=layout_of(second)),
+        GeneratorJob(row=2, start=9, length=3, slot=0, layout=layout_of(first)),
     ]
     adjusted.batch.prepare([1, 3, 2], [5, 4, 3], jobs)
     hidden = hidden_states()
@@ -230,7 +235,7 @@ def test_instructions_of_several_adapters_pass_together():
 def test_later_steps_keep_the_row():
     adjusted, adapter = Adjusted(), make_adapter()
     adjusted.activate(adapter)
-    adjusted.batch.prepare([1], [5], [GeneratorJob(row=1, start=0, length=5, slot=0, config=adapter.config)])
+    adjusted.batch.prepare([1], [5], [GeneratorJob(row=1, start=0, length=5, slot=0, layout=layout_of(adapter))])
     adjusted.run(0, hidden_states(5))
     row = adjusted.layers[0].table[1].clone()
     adjusted.activate(make_adapter(seed=9))
@@ -244,7 +249,7 @@ def test_a_layer_without_generator_takes_the_row_back_to_one():
     adjusted, adapter = Adjusted(), make_adapter(layers_to_transform=(0,))
     adjusted.activate(adapter)
     adjusted.layers[1].table[1] = 7
-    adjusted.batch.prepare([1], [5], [GeneratorJob(row=1, start=0, length=5, slot=0, config=adapter.config)])
+    adjusted.batch.prepare([1], [5], [GeneratorJob(row=1, start=0, length=5, slot=0, layout=layout_of(adapter))])
     adjusted.run(1, hidden_states(5))
     assert torch.equal(adjusted.layers[1].table[1], torch.ones_like(adjusted.layers[1].table[1]))
 

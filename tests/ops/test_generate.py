@@ -6,8 +6,8 @@ import torch
 
 from vllm_parade.adapter import AdapterConfig, BaseModelShape, GeneratorWeights, initial_generator
 from vllm_parade.ops import reference
-from vllm_parade.ops.job import GeneratorJob, GeneratorStep, layout, step_size
-from vllm_parade.ops.packed import NUM_TENSORS, PackedGenerators
+from vllm_parade.ops.job import GeneratorJob, GeneratorStep, step_size
+from vllm_parade.ops.packed import GeneratorLayout, PackedGenerators
 
 pytestmark = pytest.mark.triton
 
@@ -39,22 +39,24 @@ def random_generator(config: AdapterConfig, seed: int, dtype: torch.dtype) -> Ge
     return weights.to(DEVICE, dtype)
 
 
-def in_slots(packed):
-    """Adapters in slots that are larger than they need, amid NaN."""
-    flat = torch.full(
-        (len(packed), max(len(one.flat) for one in packed) + 16), float("nan"), dtype=packed[0].flat.dtype
-    )
+def in_slots(weights, settings, dtype):
+    """Two layers a slot, the second with these generators, in slots larger than they need, amid NaN; and layouts."""
+    layouts = [GeneratorLayout.of(config, HIDDEN, sum(WIDTHS.values())) for config in settings]
+    packed = [
+        PackedGenerators.pack(layout, [None, generator], dtype, pin=False)
+        for layout, generator in zip(layouts, weights, strict=True)
+    ]
+    flat = torch.full((len(packed), max(len(one.flat) for one in packed) + 16), float("nan"), dtype=dtype)
     for slot, one in zip(flat, packed, strict=True):
         slot[: len(one.flat)] = one.flat
-    return flat.to(DEVICE), torch.cat([one.offsets for one in packed]).to(DEVICE)
+    return flat.to(DEVICE), layouts
 
 
 def on_device(jobs, num_tokens, max_jobs=12):
     """A step in a buffer that is full of other steps' numbers."""
-    buffer = torch.full((step_size(num_tokens, max_jobs),), 7, dtype=torch.int32)
-    numbers = layout(jobs, max_jobs)
-    buffer[: len(numbers)] = torch.tensor(numbers)
-    return GeneratorStep.in_buffer(buffer.to(DEVICE), max_jobs)
+    step = GeneratorStep.in_buffer(torch.full((step_size(num_tokens, max_jobs),), 7, dtype=torch.int32), max_jobs)
+    step.fill(jobs)
+    return GeneratorStep(*(tensor.to(DEVICE) for tensor in vars(step).values()))
 
 
 def run_both(lengths, configs, dtype, *, gap=3, num_rows=None, strided=False):
@@ -69,19 +71,19 @@ def run_both(lengths, configs, dtype, *, gap=3, num_rows=None, strided=False):
         streams = [torch.cat([stream, stream], dim=1)[:, :HIDDEN] for stream in streams]
     settings = [AdapterConfig(sites=tuple(WIDTHS), **config) for config in configs]
     weights = [random_generator(config, seed, dtype) for seed, config in enumerate(settings)]
-    flat, offsets = in_slots([PackedGenerators.pack([generator], dtype, pin=False) for generator in weights])
+    flat, layouts = in_slots(weights, settings, dtype)
     table = torch.full((num_rows or len(lengths) + 2, width), float("nan"), device=DEVICE, dtype=dtype)
     start, jobs, wanted = gap, [], table.clone()
     for number, length in enumerate(lengths):
         slot = number % len(configs)
-        jobs.append(GeneratorJob(number + 1, start, length, slot, settings[slot]))
+        jobs.append(GeneratorJob(number + 1, start, length, slot, layouts[slot]))
         hidden = streams[settings[slot].generator_input == "attention_input"][start : start + length]
         mask = torch.ones(1, length, dtype=torch.bool, device=DEVICE)
         choice = {"pooler": settings[slot].pooler, "activation": settings[slot].activation}
         wanted[number + 1] = reference.generate(hidden[None], mask, **vars(weights[slot]), **choice)[0]
         start += length + gap
     workspace = torch.full((generate.workspace_size(total, 64),), float("nan"), device=DEVICE)
-    generate.generate_rows(*streams, table, flat, offsets, on_device(jobs, total), workspace, 64)
+    generate.generate_rows(*streams, table, flat, 1, on_device(jobs, total), workspace, 64)
     return table, wanted
 
 
@@ -114,28 +116,27 @@ def test_more_instructions_than_programs():
     torch.testing.assert_close(table, wanted, atol=2e-5, rtol=2e-5, equal_nan=True)
 
 
-def generate_nothing(jobs):
-    """A batch of NaN under a slot without generators; rows of the table as they were, and as they are."""
+def generate_with(weights, jobs_of):
+    """Rows of the table as they were, and as a layer with these weights leaves them."""
     from vllm_parade.ops import generate
 
-    table = torch.arange(150.0, device=DEVICE).view(3, 50)
+    flat, layouts = in_slots([weights], [AdapterConfig(sites=tuple(WIDTHS))], torch.float32)
+    table = torch.arange(3.0 * sum(WIDTHS.values()), device=DEVICE).view(3, -1)
     before = table.clone()
-    hidden = torch.full((10, HIDDEN), float("nan"), device=DEVICE)
-    flat = torch.full((1, 100), float("nan"), device=DEVICE)
-    offsets = torch.full((1, NUM_TENSORS), -1, device=DEVICE)
+    hidden = torch.randn(10, HIDDEN, device=DEVICE)
     workspace = torch.empty(generate.workspace_size(10, 64), device=DEVICE)
-    generate.generate_rows(hidden, hidden, table, flat, offsets, on_device(jobs, 10), workspace, 64)
+    generate.generate_rows(hidden, hidden, table, flat, 1, on_device(jobs_of(layouts[0]), 10), workspace, 64)
     return before, table
 
 
 def test_layer_without_generator_writes_ones():
-    before, table = generate_nothing([GeneratorJob(2, 0, 10, 0, AdapterConfig())])
+    before, table = generate_with(None, lambda layout: [GeneratorJob(2, 0, 10, 0, layout)])
     assert table[2].eq(1).all()
     assert torch.equal(table[:2], before[:2])
 
 
 def test_a_step_without_instructions_writes_nothing():
-    before, table = generate_nothing([])
+    before, table = generate_with(None, lambda layout: [])
     assert torch.equal(table, before)
 
 
@@ -146,18 +147,21 @@ def test_one_graph_serves_every_step_of_its_size():
 
     settings = [AdapterConfig(sites=tuple(WIDTHS), **config) for config in CONFIGS]
     weights = [random_generator(config, seed, torch.float32) for seed, config in enumerate(settings)]
-    flat, offsets = in_slots([PackedGenerators.pack([one], torch.float32, pin=False) for one in weights])
+    flat, layouts = in_slots(weights, settings, torch.float32)
     hidden = torch.randn(100, HIDDEN, device=DEVICE)
     table = torch.zeros(20, sum(WIDTHS.values()), device=DEVICE)
     step = on_device([], 100)
     workspace = torch.empty(generate.workspace_size(100, 64), device=DEVICE)
-    run = lambda table, step: generate.generate_rows(hidden, hidden, table, flat, offsets, step, workspace, 64)  # noqa: E731
+
+    def run(table, step):
+        generate.generate_rows(hidden, hidden, table, flat, 1, step, workspace, 64)
+
     run(table, step)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run(table, step)
     for slots in ([2], [0, 1, 2, 3, 4, 5, 0, 3], []):
-        jobs = [GeneratorJob(n + 1, 12 * n, 5 + n, slot, settings[slot]) for n, slot in enumerate(slots)]
+        jobs = [GeneratorJob(n + 1, 12 * n, 5 + n, slot, layouts[slot]) for n, slot in enumerate(slots)]
         filled, wanted = on_device(jobs, 100), table.clone()
         run(wanted, filled)
         for target, source in zip(vars(step).values(), vars(filled).values(), strict=True):

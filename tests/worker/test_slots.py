@@ -6,10 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vllm_parade.adapter import GeneratorWeights
+from vllm_parade.adapter import AdapterConfig, BaseModelShape, initial_generator
 from vllm_parade.worker.slots import AdapterSlots
 
 SHAPE = object()
+CONFIG = AdapterConfig()
+MODEL = BaseModelShape(8, 2, {"q": 8, "k": 8, "v": 8, "gate": 8, "up": 8})
 
 
 class FakeLayer:
@@ -17,8 +19,9 @@ class FakeLayer:
 
     def shard(self, adapter, shape):
         assert shape is SHAPE
-        number = torch.tensor([[float(ord(adapter.content_hash))]])
-        return GeneratorWeights(number, None, None, number, number[0])
+        weights = initial_generator(adapter.config, MODEL)
+        weights.bias.fill_(ord(adapter.content_hash))
+        return weights
 
 
 class FakeWeights:
@@ -26,13 +29,17 @@ class FakeWeights:
 
     def __init__(self, num_slots):
         self.flat = torch.empty(num_slots, 0)
+        self.hidden_size, self.width = MODEL.hidden_size, MODEL.output_width(CONFIG.sites)
         self.names = [""] * num_slots
 
     def __len__(self):
         return len(self.names)
 
-    def put(self, slot, packed):
-        self.names[slot] = "".join(chr(int(packed.generator(layer, packed.flat).down)) for layer in range(2))
+    def exchange(self, adapters, read):
+        self.read = set(read)
+        for slot, packed in adapters.items():
+            biases = [packed.layout.views(packed.flat, layer).bias for layer in range(2)]
+            self.names[slot] = "".join(chr(int(bias[0])) for bias in biases)
 
 
 @pytest.fixture
@@ -40,7 +47,7 @@ def slots():
     """2 slots; a to d are in host memory."""
     slots = AdapterSlots([FakeLayer(), FakeLayer()], SHAPE, FakeWeights(2))
     for name in "abcd":
-        slots.add(SimpleNamespace(content_hash=name, config=None))
+        slots.add(SimpleNamespace(content_hash=name, config=CONFIG))
     return slots
 
 
@@ -75,7 +82,8 @@ def test_host_memory_alone_takes_no_slot(slots):
 )
 def test_least_recently_used_goes(slots, steps, left):
     for step in steps:
-        slots.activate(list(step))
+        taken = slots.activate(list(step))
+        assert slots.weights.read == set(taken.values())
         assert set(step) <= set(on_device(slots))
     assert on_device(slots) == left
 
@@ -112,6 +120,6 @@ def test_remove_of_what_has_no_slot(slots):
 
 def test_the_same_content_twice_is_one_adapter(slots):
     slots.activate(["a"])
-    slots.add(SimpleNamespace(content_hash="a", config=None))
+    slots.add(SimpleNamespace(content_hash="a", config=CONFIG))
     slots.activate(["a"])
     assert on_device(slots) == "a"

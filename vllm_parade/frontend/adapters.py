@@ -25,25 +25,24 @@ AdapterKey = tuple[str, str]
 
 
 @lru_cache(maxsize=64)
-def _signature(function: Callable[..., Any]) -> inspect.Signature:
-    return inspect.signature(function)
+def _position(function: Callable[..., Any], name: str) -> int:
+    # The first parameter is self, which the arguments of a wrapped method lack.
+    return list(inspect.signature(function).parameters).index(name) - 1
 
 
 def argument(wrapped: Any, args: tuple, kwargs: dict[str, Any], name: str) -> Any:
     """Value of a wrapped method's argument, however it was passed; None where it was not."""
     if name in kwargs:
         return kwargs[name]
-    if not args:
-        return None
-    return _signature(wrapped.__func__).bind_partial(None, *args).arguments.get(name)
+    position = _position(wrapped.__func__, name)
+    return args[position] if position < len(args) else None
 
 
 def with_argument(
     wrapped: Any, args: tuple, kwargs: dict[str, Any], name: str, value: Any
 ) -> tuple[tuple, dict[str, Any]]:
     """The arguments of a wrapped method with another value for `name`, however it was passed."""
-    # The first parameter is self, which `args` lacks.
-    position = list(_signature(wrapped.__func__).parameters).index(name) - 1
+    position = _position(wrapped.__func__, name)
     if position < len(args):
         return (*args[:position], value, *args[position + 1 :]), kwargs
     return args, {**kwargs, name: value}

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one choke point of all requests, offline and online: here a ParadeRequest becomes what the engine core reads."""
 
+import itertools
+import os
 import uuid
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,10 @@ from vllm_parade.request import EXTRA_ARGS_KEY, Instruction, ParadeRequest
 if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreRequest
     from vllm.v1.engine.input_processor import InputProcessor
+
+# A random number once, then a count: a random number for every request would cost a system call.
+_START = uuid.uuid4().hex
+_COUNT = itertools.count()
 
 
 def process_inputs(
@@ -35,7 +41,7 @@ def process_inputs(
     # A fresh dict: copies of the parameters (n > 1, callers that reuse them) share the old one.
     params.extra_args = {**(params.extra_args or {}), EXTRA_ARGS_KEY: instruction.to_extra_args()}
     # Keys and values under an adapter depend on the whole instruction: no other request may reuse them.
-    request.cache_salt = f"parade:{adapter}:{uuid.uuid4().hex}:{request.cache_salt or ''}"
+    request.cache_salt = f"parade:{adapter}:{_START}:{os.getpid()}:{next(_COUNT)}:{request.cache_salt or ''}"
     return request
 
 

@@ -156,6 +156,11 @@ def _unsupported(vllm_config: "VllmConfig") -> list[tuple[str, bool, str]]:
             "adapters cannot be loaded on all engines safely; start one server a replica",
         ),
         (
+            "--api-server-count",
+            parallel._api_process_count > 1,
+            "one front end must know all adapters that the workers hold; leave it at 1",
+        ),
+        (
             "--pipeline-parallel-size",
             parallel.pipeline_parallel_size > 1,
             "not supported yet; use --tensor-parallel-size",

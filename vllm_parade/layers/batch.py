@@ -3,11 +3,12 @@
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vllm_parade.ops import use_kernels
-from vllm_parade.ops.job import GeneratorJob, GeneratorStep, layout, step_size
+from vllm_parade.ops.job import GeneratorJob, GeneratorStep, step_size
 
 
 @dataclass
@@ -20,8 +21,6 @@ class BatchMetadata:
     """[max_num_batched_tokens] int32, a view: row of every token of the step, 0 for padding."""
     step: GeneratorStep
     """The instructions of the step for the kernels: views."""
-    max_rank: int
-    """Largest r that an adapter may have."""
     workspace: Tensor | None
     """[workspace size] float32, what one kernel leaves for the next; None without kernels."""
     jobs: list[GeneratorJob] = field(default_factory=list)
@@ -44,7 +43,6 @@ class BatchMetadata:
             buffer=buffer,
             token_rows=buffer[:max_num_tokens],
             step=step,
-            max_rank=max_rank,
             workspace=workspace,
         )
 
@@ -53,14 +51,15 @@ class BatchMetadata:
         self.jobs = jobs
         step_start = self.step.counts.storage_offset()
         # Without instructions the counts alone say so; what stands behind them is not read.
-        numbers = layout(jobs, len(self.step.jobs)) if jobs else [0] * len(self.step.counts)
+        used = len(self.buffer) if jobs else step_start + len(self.step.counts)
         # A fresh staging buffer every step: the copy of the step before may still be under way, and PyTorch hands
         # pinned memory out again only when it is done.
-        staged = torch.zeros(step_start + len(numbers), dtype=torch.int32, pin_memory=self.buffer.is_cuda)
-        rows = torch.tensor(request_rows, dtype=torch.int32).repeat_interleave(torch.tensor(request_tokens))
-        staged[: len(rows)] = rows
-        staged[step_start:] = torch.tensor(numbers, dtype=torch.int32)
-        self.buffer[: len(staged)].copy_(staged, non_blocking=True)
+        staged = torch.zeros(used, dtype=torch.int32, pin_memory=self.buffer.is_cuda)
+        rows = np.repeat(request_rows, request_tokens)
+        staged.numpy()[: len(rows)] = rows
+        if jobs:
+            GeneratorStep.in_buffer(staged[step_start:], len(self.step.jobs)).fill(jobs)
+        self.buffer[:used].copy_(staged, non_blocking=True)
 
     def clear(self) -> None:
         """Prepare for a run without requests (warm-up, profiling, graph capture)."""

@@ -13,7 +13,7 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from vllm_parade.adapter import Adapter, AdapterConfig, AdapterError, BaseModelShape, GeneratorWeights
 from vllm_parade.layers.batch import BatchMetadata
 from vllm_parade.layers.sites import SiteShard, shard_generator
-from vllm_parade.layers.weights import LayerGenerators
+from vllm_parade.layers.weights import SlotWeights
 from vllm_parade.ops import reference
 from vllm_parade.ops.job import GeneratorJob
 
@@ -38,7 +38,12 @@ class ParadeLayer:
         self.batch = batch
         # Row 0 is never written, so that scaling by it is exact.
         self.table = torch.ones(num_rows, sum(shard.width for shard in shards), device=device, dtype=dtype)
-        self.generators: LayerGenerators
+        self.slots: SlotWeights
+        self.number: int
+
+    def bind(self, slots: SlotWeights, number: int) -> None:
+        """Read generators from `slots`; `number` counts the layers of this worker."""
+        self.slots, self.number = slots, number
 
     def shard(self, adapter: Adapter, shape: BaseModelShape) -> GeneratorWeights | None:
         """This rank's part of an adapter's generator in host memory; None if it has none.
@@ -69,11 +74,11 @@ class ParadeLayer:
                 layer_input,
                 attention_input,
                 self.table,
-                self.generators.flat,
-                self.generators.offsets,
+                self.slots.flat,
+                self.number,
                 self.batch.step,
                 self.batch.workspace,
-                self.batch.max_rank,
+                self.slots.max_rank,
             )
             return
         by_slot: dict[int, list[GeneratorJob]] = defaultdict(list)
@@ -81,22 +86,19 @@ class ParadeLayer:
             by_slot[job.slot].append(job)
         for slot, jobs in by_slot.items():
             rows = torch.tensor([job.row for job in jobs], device=self.table.device)
-            weights, config = self.generators.generator(slot), jobs[0].config
-            if weights is None:
-                self.table[rows] = 1
-                continue
-            hidden = layer_input if config.generator_input == "layer_input" else attention_input
+            layout = jobs[0].layout
+            hidden = layer_input if layout.config.generator_input == "layer_input" else attention_input
             instructions = [hidden[job.start : job.start + job.length] for job in jobs]
-            self.table[rows] = _generate(instructions, weights, config)
+            self.table[rows] = _generate(instructions, layout.views(self.slots.flat[slot], self.number), layout.config)
 
-    def warm_up(self, hidden_size: int) -> None:
+    def warm_up(self) -> None:
         """Compile the kernels: inside the capture of a graph, or of a request's first step, it would be too late."""
         if self.batch.workspace is None:
             return
         from vllm_parade.ops.generate import warm_up_sizes
 
         for num_tokens in warm_up_sizes(len(self.batch.token_rows)):
-            hidden = self.table.new_empty(num_tokens, hidden_size)
+            hidden = self.table.new_empty(num_tokens, self.slots.hidden_size)
             self.generate(hidden, hidden)
 
 

@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapters on the device."""
 
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
 
 import torch
-from torch import Tensor
 
-from vllm_parade.adapter import GeneratorWeights
-from vllm_parade.ops.packed import ABSENT, NUM_TENSORS, PackedGenerators, max_entries
+from vllm_parade.ops.packed import PackedGenerators, max_entries
 
 
 class SlotWeights:
@@ -27,42 +25,45 @@ class SlotWeights:
         dtype: torch.dtype,
     ) -> None:
         """Room for `num_slots` adapters whose r is at most `max_rank`; `width` entries in a vector of all sites."""
+        self.hidden_size, self.width, self.max_rank = hidden_size, width, max_rank
         entries = max_entries(num_layers, hidden_size, width, max_rank)
         self.flat = torch.empty(num_slots, entries, device=device, dtype=dtype)
-        self.offsets = torch.full((num_slots, num_layers, NUM_TENSORS), ABSENT, dtype=torch.int64, device=device)
-        self.packed: list[PackedGenerators | None] = [None] * num_slots
+        # Copies run beside the step that computes: on a stream of their own, with an event of what last read a slot.
+        self._copies = torch.cuda.Stream(device) if self.flat.is_cuda else None
+        self._last_read: list[torch.Event | None] = [None] * num_slots
+        self._read_by_last_step: Collection[int] = ()
 
     def __len__(self) -> int:
         """Slots."""
         return len(self.flat)
 
-    def put(self, slot: int, packed: PackedGenerators) -> None:
-        """Copy an adapter into a slot; from pinned memory the host does not wait for it.
+    def exchange(self, adapters: Mapping[int, PackedGenerators], read: Collection[int]) -> None:
+        """Before a step is queued: copy adapters into slots. The host waits for nothing.
 
-        A step in flight still finds what it was planned with: the copy waits for it in the order of the stream.
+        A copy waits for the steps that read what stood in its slot; the step waits for the copies.
+
+        Args:
+            adapters: what to copy, by slot; from pinned memory
+            read: slots that the step reads
         """
+        if self._copies is None:
+            for slot, packed in adapters.items():
+                self._copy(slot, packed)
+            return
+        compute = torch.cuda.current_stream()
+        if self._read_by_last_step:
+            queued = compute.record_event()
+            for slot in self._read_by_last_step:
+                self._last_read[slot] = queued
+        self._read_by_last_step = read
+        if adapters:
+            with torch.cuda.stream(self._copies):
+                for slot, packed in adapters.items():
+                    event = self._last_read[slot]
+                    if event is not None:
+                        self._copies.wait_event(event)
+                    self._copy(slot, packed)
+            compute.wait_stream(self._copies)
+
+    def _copy(self, slot: int, packed: PackedGenerators) -> None:
         self.flat[slot, : len(packed.flat)].copy_(packed.flat, non_blocking=True)
-        self.offsets[slot].copy_(packed.offsets, non_blocking=True)
-        self.packed[slot] = packed
-
-    def of_layer(self, number: int) -> "LayerGenerators":
-        """What one layer reads; `number` counts the layers of this worker."""
-        return LayerGenerators(self, number, self.flat, self.offsets[:, number])
-
-
-@dataclass(frozen=True)
-class LayerGenerators:
-    """One layer's generators in all slots."""
-
-    slots: SlotWeights
-    number: int
-    flat: Tensor
-    """[slots, entries]"""
-    offsets: Tensor
-    """[slots, NUM_TENSORS] int64: where this layer's tensors begin in `flat`"""
-
-    def generator(self, slot: int) -> GeneratorWeights | None:
-        """The generator in a slot; None if its adapter leaves this layer alone."""
-        packed = self.slots.packed[slot]
-        assert packed is not None, f"slot {slot} is empty"
-        return packed.generator(self.number, self.flat[slot])

@@ -5,8 +5,11 @@ The launch depends on the number of tokens in the batch alone. So a CUDA graph o
 size, and a step without instructions costs it three launches that do nothing.
 """
 
+from typing import Any
+
 import triton
 from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
 
 from vllm_parade.ops.job import BLOCK_TOKENS, NUM_JOB_FIELDS, GeneratorStep
 from vllm_parade.ops.kernels import pool_kernel, project_kernel, write_kernel
@@ -46,74 +49,103 @@ def warm_up_sizes(max_num_tokens: int) -> list[int]:
     return sorted({min(max_num_tokens, ENOUGH_PROGRAMS * BLOCK_TOKENS // parts) for parts in (1, 2, 4, MAX_SPLITS)})
 
 
+# Kernels as compiled for their constants.
+_compiled: dict[tuple[Any, ...], Any] = {}
+
+
+def _launch(
+    kernel: Any, grid: tuple[int, int, int], args: tuple[Any, ...], constants: dict[str, int], **options: int
+) -> None:
+    """Launch a kernel, past Triton's own look-up, which costs more than the kernels themselves.
+
+    Whatever a kernel is specialised on must be a constant: integers are not specialised, addresses always alignable.
+    """
+    if isinstance(kernel, InterpretedFunction):
+        kernel[grid](*args, **constants)
+        return
+    key = (kernel, args[0].dtype, *constants.values())
+    compiled = _compiled.get(key)
+    if compiled is None:
+        _compiled[key] = kernel[grid](*args, **constants, **options)
+        return
+    addresses = [arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in args]
+    assert not any(address % 16 for address, arg in zip(addresses, args, strict=True) if isinstance(arg, Tensor))
+    compiled[grid](*addresses, *constants.values())
+
+
 def generate_rows(
     layer_input: Tensor,
     attention_input: Tensor,
     table: Tensor,
     flat: Tensor,
-    offsets: Tensor,
+    layer: int,
     step: GeneratorStep,
     workspace: Tensor,
     max_rank: int,
 ) -> None:
     """Write the table's rows of all instructions of a step.
 
-    Semantics: table[row] = reference.generate(hidden[start : start + length], ...) for every job, 1 without a generator
+    Semantics: table[row] = reference.generate(hidden[start : start + length], ...) for every job
 
     Args:
         layer_input: [tokens, hidden]
         attention_input: [tokens, hidden]
         table: [rows, width], in the dtype of the inputs
         flat: [slots, entries], packed generators in the same dtype
-        offsets: [slots, NUM_TENSORS] int64, this layer's tensors in `flat`
+        layer: which of the packed layers this is
         step: the instructions, on the device
         workspace: float32, `workspace_size` numbers
         max_rank: largest r in any slot
     """
     assert layer_input.stride() == attention_input.stride()
-    assert layer_input.stride(1) == table.stride(1) == flat.stride(1) == offsets.stride(1) == 1
+    assert layer_input.stride(1) == 1
+    assert table.is_contiguous()
+    assert flat.is_contiguous()
     assert layer_input.dtype == attention_input.dtype == table.dtype == flat.dtype
     (num_tokens, hidden_size), width = layer_input.shape, table.shape[1]
-    block_r = _block_r(max_rank)
+    block_r, slot_size = _block_r(max_rank), flat.shape[1]
     splits = _splits(num_tokens, hidden_size)
-    part = splits * num_tokens * block_r
-    assert workspace.numel() >= 2 * part + num_tokens * block_r
-    messages, logits, activated = workspace[:part], workspace[part : 2 * part], workspace[2 * part :]
+    # Behind the messages stand as many logits, then the activated capsules.
+    logits_start = splits * num_tokens * block_r
+    assert workspace.numel() >= 2 * logits_start + num_tokens * block_r
     split_size = triton.cdiv(triton.cdiv(hidden_size, splits), BLOCK_HIDDEN) * BLOCK_HIDDEN
-    where = (offsets, offsets.stride(0), step.counts, step.jobs)
-    sizes = {"NUM_JOB_FIELDS": NUM_JOB_FIELDS, "BLOCK_R": block_r}
     # Instructions end where they like: twice as many tiles as tokens need are a comfortable upper estimate.
-    project_kernel[2 * triton.cdiv(num_tokens, BLOCK_TOKENS), splits](
-        layer_input,
-        attention_input,
-        layer_input.stride(0),
-        flat,
-        flat.stride(0),
-        *where,
-        step.tiles,
-        messages,
-        logits,
-        hidden_size,
-        num_tokens,
-        split_size,
-        ALIGNMENT=ALIGNMENT,
-        BLOCK_TOKENS=BLOCK_TOKENS,
-        BLOCK_HIDDEN=BLOCK_HIDDEN,
+    _launch(
+        project_kernel,
+        (2 * triton.cdiv(num_tokens, BLOCK_TOKENS), splits, 1),
+        (
+            *(layer_input, attention_input, flat, step.counts, step.jobs, step.tiles, workspace),
+            *(layer, num_tokens, split_size, logits_start),
+        ),
+        {
+            "STRIDE": layer_input.stride(0),
+            "HIDDEN_SIZE": hidden_size,
+            "SLOT_SIZE": slot_size,
+            "BLOCK_R": block_r,
+            "NUM_JOB_FIELDS": NUM_JOB_FIELDS,
+            "ALIGNMENT": ALIGNMENT,
+            "BLOCK_TOKENS": BLOCK_TOKENS,
+            "BLOCK_HIDDEN": BLOCK_HIDDEN,
+        },
         num_stages=4,
-        **sizes,
     )
-    pool_kernel[min(num_tokens, POOL_PROGRAMS[0]), POOL_PROGRAMS[1]](
-        *where, messages, logits, activated, num_tokens, POOL_ELEMENTS=POOL_ELEMENTS, SPLITS=splits, **sizes
+    _launch(
+        pool_kernel,
+        (min(num_tokens, POOL_PROGRAMS[0]), POOL_PROGRAMS[1], 1),
+        (step.counts, step.jobs, workspace, num_tokens, logits_start),
+        {"SPLITS": splits, "BLOCK_R": block_r, "NUM_JOB_FIELDS": NUM_JOB_FIELDS, "POOL_ELEMENTS": POOL_ELEMENTS},
+        num_warps=16,
     )
-    write_kernel[triton.cdiv(width, BLOCK_OUT), min(num_tokens, WRITE_PROGRAMS)](
-        flat,
-        flat.stride(0),
-        *where,
-        activated,
-        table,
-        table.stride(0),
-        width,
-        ALIGNMENT=ALIGNMENT,
-        BLOCK_OUT=BLOCK_OUT,
-        **sizes,
+    _launch(
+        write_kernel,
+        (triton.cdiv(width, BLOCK_OUT), min(num_tokens, WRITE_PROGRAMS), 1),
+        (flat, step.counts, step.jobs, workspace, table, layer, 2 * logits_start),
+        {
+            "SLOT_SIZE": slot_size,
+            "WIDTH": width,
+            "BLOCK_R": block_r,
+            "NUM_JOB_FIELDS": NUM_JOB_FIELDS,
+            "ALIGNMENT": ALIGNMENT,
+            "BLOCK_OUT": BLOCK_OUT,
+        },
     )

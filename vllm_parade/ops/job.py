@@ -7,15 +7,16 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from vllm_parade.adapter import AdapterConfig
+from vllm_parade.ops.packed import GeneratorLayout
 
 # Columns of `jobs`, one row an instruction: row, start, length, slot, r, capsules, pooler, activation, whether it reads
-# the attention's input.
-NUM_JOB_FIELDS = 9
+# the attention's input, entries of a layer, where query, weight, up and bias begin in it (ABSENT for none), padding.
+NUM_JOB_FIELDS = 16
+ABSENT = -1
 # Columns of `tiles`, one row a piece of an instruction: the job and the first token within it.
 NUM_TILE_FIELDS = 2
-# Number of jobs, number of tiles.
-NUM_COUNTS = 2
+# Number of jobs, number of tiles, padding. Kernels are compiled for addresses that are multiples of 16 bytes.
+NUM_COUNTS = 4
 BLOCK_TOKENS = 32
 POOLER_NUMBERS = {"attentional_capsule": 0, "dynamic_routing": 1, "last_token": 2}
 ACTIVATION_NUMBERS = {"gelu": 0, "relu": 1, "silu": 2, "tanh": 3}
@@ -29,8 +30,8 @@ class GeneratorJob:
     start: int
     length: int
     slot: int
-    config: AdapterConfig
-    """Settings of the adapter that holds the slot."""
+    layout: GeneratorLayout
+    """Of the adapter that holds the slot."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,22 @@ class GeneratorStep:
 
     @classmethod
     def in_buffer(cls, buffer: Tensor, max_jobs: int) -> "GeneratorStep":
-        """Views of an int32 buffer of `step_size` entries."""
-        counts, jobs, tiles = buffer.split(
-            [NUM_COUNTS, max_jobs * NUM_JOB_FIELDS, len(buffer) - NUM_COUNTS - max_jobs * NUM_JOB_FIELDS]
-        )
+        """Views of an int32 buffer of `step_size` entries, on any device."""
+        fields = max_jobs * NUM_JOB_FIELDS
+        counts, jobs, tiles = buffer.split([NUM_COUNTS, fields, len(buffer) - NUM_COUNTS - fields])
         return cls(counts, jobs.view(-1, NUM_JOB_FIELDS), tiles.view(-1, NUM_TILE_FIELDS))
+
+    def fill(self, jobs: Sequence[GeneratorJob]) -> None:
+        """Write a step's jobs into a buffer in host memory."""
+        fields: list[int] = []
+        tiles: list[int] = []
+        for number, job in enumerate(jobs):
+            fields += [job.row, job.start, job.length, job.slot, *_kind(job.layout)]
+            for first in range(0, job.length, BLOCK_TOKENS):
+                tiles += [number, first]
+        for tensor, numbers in ((self.jobs, fields), (self.tiles, tiles)):
+            tensor.view(-1).numpy()[: len(numbers)] = numbers
+        self.counts[0], self.counts[1] = len(jobs), len(tiles) // NUM_TILE_FIELDS
 
 
 def step_size(max_num_tokens: int, max_jobs: int) -> int:
@@ -59,23 +71,15 @@ def step_size(max_num_tokens: int, max_jobs: int) -> int:
     return NUM_COUNTS + max_jobs * NUM_JOB_FIELDS + max_tiles * NUM_TILE_FIELDS
 
 
-def layout(jobs: Sequence[GeneratorJob], max_jobs: int) -> list[int]:
-    """The numbers of a GeneratorStep, up to its last tile."""
-    fields: list[int] = []
-    tiles: list[int] = []
-    for number, job in enumerate(jobs):
-        fields += [job.row, job.start, job.length, job.slot, *_kind(job.config)]
-        for first in range(0, job.length, BLOCK_TOKENS):
-            tiles += [number, first]
-    unused = [0] * ((max_jobs - len(jobs)) * NUM_JOB_FIELDS)
-    return [len(jobs), len(tiles) // NUM_TILE_FIELDS, *fields, *unused, *tiles]
-
-
-def _kind(config: AdapterConfig) -> tuple[int, ...]:
+def _kind(layout: GeneratorLayout) -> tuple[int, ...]:
+    config, offsets = layout.config, layout.offsets
     return (
         config.r,
         config.num_capsules,
         POOLER_NUMBERS[config.pooler],
         ACTIVATION_NUMBERS[config.activation],
         int(config.generator_input == "attention_input"),
+        layout.size,
+        *(offsets.get(name, ABSENT) for name in ("pooler.query", "pooler.weight", "up.weight", "up.bias")),
+        *(0, 0),
     )

@@ -15,79 +15,75 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["num_tokens", "split_size"], do_not_specialize_on_alignment=["offsets"])
+@triton.jit(do_not_specialize=["layer", "num_tokens", "split_size", "logits_start"])
 def project_kernel(
     layer_input,
     attention_input,
-    stride,
     flat,
-    slot_size,
-    offsets,
-    offsets_stride,
     counts,
     jobs,
     tiles,
-    messages,
-    logits,
-    hidden_size,
+    workspace,
+    layer,
     num_tokens,
     split_size,
+    logits_start,
+    STRIDE: tl.constexpr,
+    HIDDEN_SIZE: tl.constexpr,
+    SLOT_SIZE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     NUM_JOB_FIELDS: tl.constexpr,
     ALIGNMENT: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
-    BLOCK_R: tl.constexpr,
 ):
     columns = tl.arange(0, BLOCK_R)
     inner = tl.arange(0, BLOCK_R)
     depth = tl.arange(0, BLOCK_HIDDEN)
     split = tl.program_id(1)
-    part = split.to(tl.int64) * num_tokens * BLOCK_R
+    messages = workspace + split.to(tl.int64) * num_tokens * BLOCK_R
     for tile in range(tl.program_id(0), tl.load(counts + 1), tl.num_programs(0)):
         job = jobs + tl.load(tiles + tile * 2) * NUM_JOB_FIELDS
         first = tl.load(tiles + tile * 2 + 1)
         start, length, slot = tl.load(job + 1), tl.load(job + 2), tl.load(job + 3)
-        r, capsules = tl.load(job + 4), tl.load(job + 5)
-        place = offsets + slot * offsets_stride
-        down, query, weight = tl.load(place), tl.load(place + 1), tl.load(place + 2)
-        if down >= 0:
-            hidden = layer_input
-            if tl.load(job + 8) == 1:
-                hidden = attention_input
-            generator = flat + slot.to(tl.int64) * slot_size
-            # As the packing promises.
-            down = tl.multiple_of(down, ALIGNMENT)
-            tokens = first + tl.arange(0, BLOCK_TOKENS)
-            inside = tokens < length
-            rows = (start + tokens).to(tl.int64)
-            projected = tl.zeros([BLOCK_TOKENS, BLOCK_R], dtype=tl.float32)
-            for d in range(split * split_size, (split + 1) * split_size, BLOCK_HIDDEN):
-                live = d + depth < hidden_size
-                x = tl.load(
-                    hidden + rows[:, None] * stride + (d + depth)[None, :],
-                    mask=inside[:, None] & live[None, :],
-                    other=0.0,
-                )
-                w = tl.load(
-                    generator + down + columns[None, :] * hidden_size + (d + depth)[:, None],
-                    mask=(columns < r)[None, :] & live[:, None],
-                    other=0.0,
-                )
-                projected = tl.dot(x, w, projected, input_precision="ieee")
+        r, capsules, layer_size = tl.load(job + 4), tl.load(job + 5), tl.load(job + 9)
+        query, weight = tl.load(job + 10), tl.load(job + 11)
+        # As the packing promises.
+        down = flat + tl.multiple_of(slot.to(tl.int64) * SLOT_SIZE + layer.to(tl.int64) * layer_size, ALIGNMENT)
+        hidden = layer_input
+        if tl.load(job + 8) == 1:
+            hidden = attention_input
+        tokens = first + tl.arange(0, BLOCK_TOKENS)
+        inside = tokens < length
+        rows = (start + tokens).to(tl.int64)
+        projected = tl.zeros([BLOCK_TOKENS, BLOCK_R], dtype=tl.float32)
+        for d in range(split * split_size, (split + 1) * split_size, BLOCK_HIDDEN):
+            live = d + depth < HIDDEN_SIZE
+            x = tl.load(
+                hidden + rows[:, None] * STRIDE + (d + depth)[None, :],
+                mask=inside[:, None] & live[None, :],
+                other=0.0,
+            )
+            w = tl.load(
+                down + columns[None, :] * HIDDEN_SIZE + (d + depth)[:, None],
+                mask=(columns < r)[None, :] & live[:, None],
+                other=0.0,
+            )
+            projected = tl.dot(x, w, projected, input_precision="ieee")
 
-            # Messages and logits are linear in H', so each split may send its part.
-            out = part + rows[:, None] * BLOCK_R + columns[None, :]
-            sent = inside[:, None] & (columns < r)[None, :]
+        # Messages and logits are linear in H', so each split may send its part.
+        out = messages + rows[:, None] * BLOCK_R + columns[None, :]
+        sent = inside[:, None] & (columns < r)[None, :]
+        if weight >= 0:
             square = (inner < r)[:, None] & (columns < r)[None, :]
-            if weight >= 0:
-                w_k = tl.load(generator + weight + inner[:, None] * r + columns[None, :], mask=square, other=0.0)
-                tl.store(messages + out, tl.dot(projected, w_k.to(tl.float32), input_precision="ieee"), mask=sent)
-            else:
-                tl.store(messages + out, projected, mask=sent)
-            if query >= 0:
-                asked = (inner < r)[:, None] & (columns < capsules)[None, :]
-                v_k = tl.load(generator + query + columns[None, :] * r + inner[:, None], mask=asked, other=0.0)
-                tl.store(logits + out, tl.dot(projected, v_k.to(tl.float32), input_precision="ieee"), mask=sent)
+            w_k = tl.load(down + weight + inner[:, None] * r + columns[None, :], mask=square, other=0.0)
+            tl.store(out, tl.dot(projected, w_k.to(tl.float32), input_precision="ieee"), mask=sent)
+        else:
+            tl.store(out, projected, mask=sent)
+        if query >= 0:
+            asked = (inner < r)[:, None] & (columns < capsules)[None, :]
+            v_k = tl.load(down + query + columns[None, :] * r + inner[:, None], mask=asked, other=0.0)
+            tl.store(out + logits_start, tl.dot(projected, v_k.to(tl.float32), input_precision="ieee"), mask=sent)
 
 
 @triton.jit
@@ -159,89 +155,83 @@ def _pool_capsule(
     return z
 
 
-@triton.jit(do_not_specialize=["num_tokens"], do_not_specialize_on_alignment=["offsets"])
+@triton.jit(do_not_specialize=["num_tokens", "logits_start"])
 def pool_kernel(
-    offsets,
-    offsets_stride,
     counts,
     jobs,
-    messages,
-    logits,
-    activated,
+    workspace,
     num_tokens,
+    logits_start,
+    SPLITS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     NUM_JOB_FIELDS: tl.constexpr,
     POOL_ELEMENTS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    SPLITS: tl.constexpr,
 ):
     part = num_tokens.to(tl.int64) * BLOCK_R
+    logits = workspace + logits_start
+    activated = logits + logits_start
     for number in range(tl.program_id(0), tl.load(counts), tl.num_programs(0)):
         job = jobs + number * NUM_JOB_FIELDS
-        start, length, slot = tl.load(job + 1), tl.load(job + 2), tl.load(job + 3)
+        start, length = tl.load(job + 1), tl.load(job + 2)
         r, capsules, pooler, activation = tl.load(job + 4), tl.load(job + 5), tl.load(job + 6), tl.load(job + 7)
-        if tl.load(offsets + slot * offsets_stride) >= 0:
-            for capsule in range(tl.program_id(1), capsules, tl.num_programs(1)):
-                # Last-token pooling knows no capsules, but its r entries are shared out among the programs just the
-                # same; the last one takes what division leaves over.
-                size = r // capsules
-                begin = capsule * size
-                if capsule == capsules - 1:
-                    size = r - begin
-                out = activated + number * BLOCK_R + begin
-                # The paper's capsules hold 3 entries: sizing blocks for the largest adapter would idle most lanes.
-                if size <= 4:
-                    small = _pool_capsule(
-                        messages, logits, part, start, length, begin, size, capsule, pooler,
-                        POOL_ELEMENTS // 4, BLOCK_R, 4, SPLITS,
-                    )  # fmt: skip
-                    few = tl.arange(0, 4)
-                    tl.store(out + few, _activate(small, activation), mask=few < size)
-                else:
-                    large = _pool_capsule(
-                        messages, logits, part, start, length, begin, size, capsule, pooler,
-                        POOL_ELEMENTS // BLOCK_R, BLOCK_R, BLOCK_R, SPLITS,
-                    )  # fmt: skip
-                    many = tl.arange(0, BLOCK_R)
-                    tl.store(out + many, _activate(large, activation), mask=many < size)
+        for capsule in range(tl.program_id(1), capsules, tl.num_programs(1)):
+            # Last-token pooling knows no capsules, but its r entries are shared out among the programs just the same;
+            # the last one takes what division leaves over.
+            size = r // capsules
+            begin = capsule * size
+            if capsule == capsules - 1:
+                size = r - begin
+            out = activated + number * BLOCK_R + begin
+            # The paper's capsules hold 3 entries: sizing blocks for the largest adapter would idle most lanes.
+            if size <= 4:
+                small = _pool_capsule(
+                    workspace, logits, part, start, length, begin, size, capsule, pooler,
+                    POOL_ELEMENTS // 4, BLOCK_R, 4, SPLITS,
+                )  # fmt: skip
+                few = tl.arange(0, 4)
+                tl.store(out + few, _activate(small, activation), mask=few < size)
+            else:
+                large = _pool_capsule(
+                    workspace, logits, part, start, length, begin, size, capsule, pooler,
+                    POOL_ELEMENTS // BLOCK_R, BLOCK_R, BLOCK_R, SPLITS,
+                )  # fmt: skip
+                many = tl.arange(0, BLOCK_R)
+                tl.store(out + many, _activate(large, activation), mask=many < size)
 
 
-@triton.jit(do_not_specialize_on_alignment=["offsets"])
+@triton.jit(do_not_specialize=["layer", "activated_start"])
 def write_kernel(
     flat,
-    slot_size,
-    offsets,
-    offsets_stride,
     counts,
     jobs,
-    activated,
+    workspace,
     table,
-    table_stride,
-    width,
+    layer,
+    activated_start,
+    SLOT_SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     NUM_JOB_FIELDS: tl.constexpr,
     ALIGNMENT: tl.constexpr,
-    BLOCK_R: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
 ):
     outputs = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    live = outputs < width
+    live = outputs < WIDTH
     columns = tl.arange(0, BLOCK_R)
+    element = table.dtype.element_ty
     for number in range(tl.program_id(1), tl.load(counts), tl.num_programs(1)):
         job = jobs + number * NUM_JOB_FIELDS
-        row, slot, r = tl.load(job), tl.load(job + 3), tl.load(job + 4)
-        place = offsets + slot * offsets_stride
-        up, bias = tl.load(place + 3), tl.load(place + 4)
-        vector = tl.full([BLOCK_OUT], 1.0, dtype=tl.float32)
-        if up >= 0:
-            generator = flat + slot.to(tl.int64) * slot_size
-            z = tl.load(activated + number * BLOCK_R + columns, mask=columns < r, other=0.0)
-            # The projection's input is in the model's dtype, as for every other linear layer.
-            z = z.to(table.dtype.element_ty).to(tl.float32)
-            w = tl.load(
-                generator + tl.multiple_of(up, ALIGNMENT) + outputs[:, None] * r + columns[None, :],
-                mask=live[:, None] & (columns < r)[None, :],
-                other=0.0,
-            )
-            b = tl.load(generator + tl.multiple_of(bias, ALIGNMENT) + outputs, mask=live, other=0.0)
-            vector = tl.sum(w.to(tl.float32) * z[None, :], axis=1) + b.to(tl.float32)
-        target = table + row.to(tl.int64) * table_stride + outputs
-        tl.store(target, vector.to(table.dtype.element_ty), mask=live)
+        row, slot, r, layer_size = tl.load(job), tl.load(job + 3), tl.load(job + 4), tl.load(job + 9)
+        up, bias = tl.load(job + 12), tl.load(job + 13)
+        generator = slot.to(tl.int64) * SLOT_SIZE + layer.to(tl.int64) * layer_size
+        z = tl.load(workspace + activated_start + number * BLOCK_R + columns, mask=columns < r, other=0.0)
+        # The projection's input is in the model's dtype, as for every other linear layer.
+        z = z.to(element).to(tl.float32)
+        w = tl.load(
+            flat + tl.multiple_of(generator + up, ALIGNMENT) + outputs[:, None] * r + columns[None, :],
+            mask=live[:, None] & (columns < r)[None, :],
+            other=0.0,
+        )
+        b = tl.load(flat + tl.multiple_of(generator + bias, ALIGNMENT) + outputs, mask=live, other=0.0)
+        vector = tl.sum(w.to(tl.float32) * z[None, :], axis=1) + b.to(tl.float32)
+        tl.store(table + row.to(tl.int64) * WIDTH + outputs, vector.to(element), mask=live)

@@ -3,84 +3,88 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from vllm_parade.adapter import GeneratorWeights
+from vllm_parade.adapter import AdapterConfig, GeneratorWeights
+from vllm_parade.adapter.weights import shapes_for_sizes
 
-# What stands for one generator, in this order: down [r, hidden], query [k, r], weight [r, r] (all W_k side by side:
-# column i * r / k + c belongs to capsule i), up [width, r], bias [width].
-_FIELDS = [field.name for field in fields(GeneratorWeights)]
-NUM_TENSORS = len(_FIELDS)
-# Where a tensor would be that the generator does not have.
-ABSENT = -1
 # Every tensor begins at a multiple of this many entries: 32 bytes or more, so kernels may load it in wide pieces.
 ALIGNMENT = 16
+
+
+@dataclass(frozen=True)
+class GeneratorLayout:
+    """Where the tensors of one layer's generator stand. All layers of an adapter have the same layout."""
+
+    config: AdapterConfig
+    shapes: dict[str, tuple[int, ...]]
+    """By the names of the checkpoint."""
+    offsets: dict[str, int]
+    """Entry at which each tensor begins, counted from the layer's first."""
+    size: int
+    """Entries of a layer."""
+
+    @classmethod
+    def of(cls, config: AdapterConfig, hidden_size: int, width: int) -> "GeneratorLayout":
+        """Layout for vectors of `width` entries, whatever sites the adapter itself names."""
+        shapes, offsets, end = shapes_for_sizes(config, hidden_size, width), {}, 0
+        for name, shape in shapes.items():
+            offsets[name] = end
+            end += _aligned(math.prod(shape))
+        return cls(config, shapes, offsets, end)
+
+    def views(self, flat: Tensor, layer: int) -> GeneratorWeights:
+        """A layer's generator in a flat tensor."""
+        start = layer * self.size
+        return GeneratorWeights.from_named_tensors(
+            {name: _view(flat[start + offset :], self.shapes[name]) for name, offset in self.offsets.items()}
+        )
 
 
 @dataclass(frozen=True)
 class PackedGenerators:
     """The generators of one adapter, layer by layer."""
 
+    layout: GeneratorLayout
     flat: Tensor
-    """[entries]"""
-    offsets: Tensor
-    """[layers, NUM_TENSORS] int64: entry of `flat` at which each tensor begins, ABSENT where there is none."""
-    shapes: tuple[tuple[torch.Size | None, ...], ...]
-    """Shape of each tensor of each layer, as GeneratorWeights has it."""
+    """[layers * layout.size]"""
 
     @classmethod
     def pack(
-        cls, generators: Sequence[GeneratorWeights | None], dtype: torch.dtype, *, pin: bool
+        cls, layout: GeneratorLayout, generators: Sequence[GeneratorWeights | None], dtype: torch.dtype, *, pin: bool
     ) -> "PackedGenerators":
-        """Join the generators of all layers; page-locked with `pin`, so that the device copies without the host."""
-        layers = [[None] * NUM_TENSORS if weights is None else list(vars(weights).values()) for weights in generators]
-        offsets, end = [], 0
-        for tensor in (tensor for layer in layers for tensor in layer):
-            offsets.append(ABSENT if tensor is None else end)
-            end += 0 if tensor is None else _aligned(tensor.numel())
-        flat = torch.empty(end, dtype=dtype, pin_memory=pin)
-        table = torch.tensor(offsets, dtype=torch.int64, pin_memory=pin).view(-1, NUM_TENSORS)
-        shapes = tuple(tuple(None if tensor is None else tensor.shape for tensor in layer) for layer in layers)
-        packed = cls(flat, table, shapes)
-        for layer, weights in enumerate(generators):
-            views = packed.generator(layer, flat)
-            if weights is not None and views is not None:
-                for name, view in views.named_tensors().items():
-                    view.copy_(weights.named_tensors()[name])
-        return packed
+        """Join the generators of all layers; page-locked with `pin`, so that the device copies without the host.
 
-    def generator(self, layer: int, flat: Tensor) -> GeneratorWeights | None:
-        """A layer's generator as views of `flat`, this one's or a copy of it; None if the layer has none."""
-        if self.shapes[layer][0] is None:
-            return None
-        places = zip(_FIELDS, self.offsets[layer].tolist(), self.shapes[layer], strict=True)
-        views: dict[str, Any] = {
-            name: None if shape is None else _view(flat, offset, shape) for name, offset, shape in places
-        }
-        return GeneratorWeights(**views)
+        A layer that the adapter leaves alone gets zeros and a bias of one, which write exactly one.
+        """
+        flat = torch.zeros(len(generators) * layout.size, dtype=dtype, pin_memory=pin)
+        for layer, weights in enumerate(generators):
+            views = layout.views(flat, layer)
+            if weights is None:
+                views.bias.fill_(1)
+                continue
+            for name, tensor in weights.named_tensors().items():
+                views.named_tensors()[name].copy_(tensor)
+        return cls(layout, flat)
 
 
 def max_entries(num_layers: int, hidden_size: int, width: int, max_rank: int) -> int:
-    """Entries that the largest adapter needs whose r is at most `max_rank`.
-
-    Args:
-        width: entries of a vector of all sites
-    """
-    sizes = (max_rank * hidden_size, max_rank**2, max_rank**2, width * max_rank, width)
-    return num_layers * sum(map(_aligned, sizes))
+    """Entries that the largest adapter needs whose r is at most `max_rank`."""
+    # As many capsules as r make the largest pooler.
+    config = AdapterConfig(r=max_rank, num_capsules=max_rank)
+    return num_layers * GeneratorLayout.of(config, hidden_size, width).size
 
 
 def _aligned(entries: int) -> int:
     return math.ceil(entries / ALIGNMENT) * ALIGNMENT
 
 
-def _view(flat: Tensor, offset: int, shape: torch.Size) -> Tensor:
-    part = flat[offset : offset + math.prod(shape)]
+def _view(flat: Tensor, shape: tuple[int, ...]) -> Tensor:
+    part = flat[: math.prod(shape)]
     if len(shape) < 3:
         return part.view(shape)
-    # W_k lie side by side: [k, r, c] is stored as [r, k, c].
+    # All W_k lie side by side: [k, r, c] is stored as [r, k, c].
     return part.view(shape[1], shape[0], shape[2]).permute(1, 0, 2)

@@ -49,8 +49,8 @@ class ParadeManager:
             dtype,
         )
         for number, layer in enumerate(layers):
-            layer.generators = weights.of_layer(number)
-        layers[0].warm_up(self.shape.hidden_size)
+            layer.bind(weights, number)
+        layers[0].warm_up()
         self.slots = AdapterSlots(layers, self.shape, weights)
 
     def add_adapter(self, path: str, evicted: Sequence[str]) -> dict[str, Any]:
@@ -87,7 +87,7 @@ class ParadeManager:
             if instruction is not None:
                 adapter = self.slots.host[instruction.adapter]
                 slot, row = slots[instruction.adapter], plan.rows[request_id]
-                jobs.append(GeneratorJob(row, start, instruction.tokens, slot, adapter.config))
+                jobs.append(GeneratorJob(row, start, instruction.tokens, slot, adapter.layout))
             start += num_tokens[request_id]
         rows = [plan.rows.get(request_id, IDENTITY_ROW) for request_id in request_ids]
         self.batch.prepare(rows, [num_tokens[request_id] for request_id in request_ids], jobs)

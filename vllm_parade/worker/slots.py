@@ -3,19 +3,10 @@
 
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 
-from vllm_parade.adapter import Adapter, AdapterConfig, BaseModelShape
+from vllm_parade.adapter import Adapter, BaseModelShape
 from vllm_parade.layers import ParadeLayer, SlotWeights
-from vllm_parade.ops.packed import PackedGenerators
-
-
-@dataclass(frozen=True)
-class HostAdapter:
-    """An adapter in host memory: this rank's part, in the model's dtype."""
-
-    config: AdapterConfig
-    packed: PackedGenerators
+from vllm_parade.ops.packed import GeneratorLayout, PackedGenerators
 
 
 class AdapterSlots:
@@ -25,8 +16,14 @@ class AdapterSlots:
         self.layers = layers
         self.shape = shape
         self.weights = weights
-        self.host: dict[str, HostAdapter] = {}
+        self.host: dict[str, PackedGenerators] = {}
+        """This rank's part of each adapter, in the model's dtype."""
         self.device: OrderedDict[str, int] = OrderedDict()
+
+    @property
+    def device_bytes(self) -> int:
+        """Device memory of all slots."""
+        return self.weights.flat.nbytes
 
     def add(self, adapter: Adapter) -> None:
         """Hold an adapter in host memory.
@@ -35,9 +32,9 @@ class AdapterSlots:
             AdapterError: the model's dtype cannot hold it; nothing has changed.
         """
         generators = [layer.shard(adapter, self.shape) for layer in self.layers]
+        layout = GeneratorLayout.of(adapter.config, self.weights.hidden_size, self.weights.width)
         flat = self.weights.flat
-        packed = PackedGenerators.pack(generators, flat.dtype, pin=flat.is_cuda)
-        self.host[adapter.content_hash] = HostAdapter(adapter.config, packed)
+        self.host[adapter.content_hash] = PackedGenerators.pack(layout, generators, flat.dtype, pin=flat.is_cuda)
 
     def remove(self, content_hash: str) -> None:
         """Forget an adapter. What it left in its slot stays there, unread, until the slot is taken."""
@@ -57,13 +54,14 @@ class AdapterSlots:
         for content_hash in content_hashes:
             if content_hash in self.device:
                 self.device.move_to_end(content_hash)
-        for content_hash in content_hashes:
-            if content_hash not in self.device:
-                self._activate(content_hash, self.host[content_hash])
-        return {content_hash: self.device[content_hash] for content_hash in content_hashes}
+        missing = {name: self.host[name] for name in content_hashes if name not in self.device}
+        new = {self._take_slot(content_hash): packed for content_hash, packed in missing.items()}
+        slots = {content_hash: self.device[content_hash] for content_hash in content_hashes}
+        self.weights.exchange(new, slots.values())
+        return slots
 
-    def _activate(self, content_hash: str, adapter: HostAdapter) -> None:
+    def _take_slot(self, content_hash: str) -> int:
         free = set(range(len(self.weights))) - set(self.device.values())
         slot = min(free) if free else self.device.popitem(last=False)[1]
-        self.weights.put(slot, adapter.packed)
         self.device[content_hash] = slot
+        return slot

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One engine of a variant with its adapters, and what a worker is asked while measuring."""
+
+import json
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.models import SIZES, SPECIAL_TOKENS, make_loras, make_model, make_parades
+
+VARIANTS = ("base", "parade", "lora")
+NUM_LORAS = 8
+MAX_MODEL_LEN = 8704
+MAX_NUM_SEQS = 256
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What one measuring process does; travels to it as JSON."""
+
+    variant: str
+    size: str
+    folder: str
+    workloads: list[str] = field(default_factory=list)
+    adapters: int = 256
+    slots: int = 64
+    repeats: int = 3
+    kv_cache_gib: float = 44
+    engine: dict[str, Any] = field(default_factory=dict)
+    """Further engine arguments, the same for all variants."""
+
+    def to_json(self) -> str:
+        """The form that `from_json` reads."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Settings":
+        """Read what `to_json` wrote."""
+        return cls(**json.loads(text))
+
+    def engine_arguments(self) -> dict[str, Any]:
+        """Arguments that all variants share, so that their memory can be compared."""
+        return {
+            "load_format": "dummy",
+            "dtype": "bfloat16",
+            "max_model_len": MAX_MODEL_LEN,
+            "max_num_seqs": MAX_NUM_SEQS,
+            "kv_cache_memory_bytes": int(self.kv_cache_gib * 2**30),
+            **self.engine,
+        }
+
+
+class WorkerExtension:
+    """Remote calls that vLLM mixes into the worker of the PARADE engine (`worker_extension_cls`)."""
+
+    def parade_static(self, static: bool) -> None:
+        """Switch generators off (rows keep the vectors they have, as static ones would stay) or on again."""
+        manager = self.model_runner.parade  # type: ignore[attr-defined]
+        manager.__dict__.pop("prepare", None)
+        if static:
+            prepare = manager.prepare
+
+            def without_instructions(plan: Any, *args: Any, **kwargs: Any) -> Any:
+                return prepare(replace(plan, instructions={}), *args, **kwargs)
+
+            manager.prepare = without_instructions
+
+    def parade_bytes(self) -> dict[str, int]:
+        """Device memory of the vector tables and of the adapters' slots."""
+        slots = self.model_runner.parade.slots  # type: ignore[attr-defined]
+        return {
+            "tables": sum(layer.table.nbytes for layer in slots.layers),
+            "slots": slots.device_bytes,
+        }
+
+
+class Variant:
+    """The engine of a variant. Prompts are never repeated, so nothing comes from a cache."""
+
+    def __init__(self, settings: Settings) -> None:
+        from vllm import LLM
+
+        import vllm_parade  # noqa: F401  teaches LLM its keywords
+
+        self.name, self.settings = settings.variant, settings
+        folder = Path(settings.folder) / settings.size
+        self.shape = make_model(folder, settings.size)
+        options: dict[str, Any] = {}
+        if self.name == "parade":
+            capacity = max(settings.adapters, settings.slots)
+            options = {"enable_parade": True, "max_parades": settings.slots, "max_cpu_parades": capacity}
+            options["worker_extension_cls"] = "benchmarks.engine.WorkerExtension"
+        elif self.name == "lora":
+            options = {"enable_lora": True, "max_loras": NUM_LORAS, "max_lora_rank": 8}
+        self.adapters = self._adapters(folder)
+        self.keyword = "lora_request" if self.name == "lora" else "parade_request"
+        self._random = random.Random(0)
+        started = time.perf_counter()
+        self.llm = LLM(str(folder), **settings.engine_arguments(), **options)
+        self.start_s = time.perf_counter() - started
+
+    def _adapters(self, folder: Path) -> list[Any]:
+        from vllm.lora.request import LoRARequest
+
+        from vllm_parade import ParadeRequest
+
+        if self.name == "parade":
+            paths = make_parades(folder, self.shape, self.settings.adapters)
+            return [ParadeRequest(f"p{number}", path) for number, path in enumerate(paths)]
+        if self.name == "lora":
+            paths = make_loras(folder, self.shape, NUM_LORAS)
+            return [LoRARequest(f"l{number}", number + 1, path) for number, path in enumerate(paths)]
+        return []
+
+    def prompts(self, batch: int, length: int) -> list[dict[str, list[int]]]:
+        """Random prompts that nobody has seen."""
+        words = range(len(SPECIAL_TOKENS), SIZES[self.settings.size]["vocab_size"])
+        return [{"prompt_token_ids": self._random.choices(words, k=length)} for _ in range(batch)]
+
+    def chosen(self, requests: Sequence[Any], batch: int) -> dict[str, Any]:
+        """The keyword that gives each prompt of a batch its adapter, in turn; nothing for the base model."""
+        return {self.keyword: [requests[number % len(requests)] for number in range(batch)]} if requests else {}
+
+    def run(self, batch: int, length: int, tokens: int, requests: Sequence[Any] = ()) -> float:
+        """Seconds for a batch of fresh prompts, `tokens` tokens each, each prompt with the next adapter."""
+        from vllm import SamplingParams
+
+        prompts, chosen = self.prompts(batch, length), self.chosen(requests, batch)
+        params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+        started = time.perf_counter()
+        outputs = self.llm.generate(prompts, params, use_tqdm=False, **chosen)
+        seconds = time.perf_counter() - started
+        assert all(len(output.outputs[0].token_ids) == tokens for output in outputs)
+        return seconds
+
+    def beam_search(self, width: int, length: int, tokens: int, requests: Sequence[Any] = ()) -> float:
+        """Seconds for one fresh prompt with beam search."""
+        from vllm.sampling_params import BeamSearchParams
+
+        prompts, chosen = self.prompts(1, length), self.chosen(requests, 1)
+        params = BeamSearchParams(beam_width=width, max_tokens=tokens, ignore_eos=True)
+        started = time.perf_counter()
+        self.llm.beam_search(prompts, params, **chosen)
+        return time.perf_counter() - started
+
+    def set_static(self, static: bool) -> None:
+        """Whether rows keep the vectors they have, so that no generator runs."""
+        self.llm.collective_rpc("parade_static", args=(static,))
+
+    def parade_mib(self) -> dict[str, float]:
+        """Computed device memory of tables and slots; empty without PARADE."""
+        if self.name != "parade":
+            return {}
+        return {f"{part}_mib": size / 2**20 for part, size in self.llm.collective_rpc("parade_bytes")[0].items()}
+
+
+def used_mib() -> float | None:
+    """Memory used on the whole device, by whichever process; None without a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    free, total = torch.cuda.mem_get_info()
+    return (total - free) / 2**20

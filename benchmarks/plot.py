@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures of results, from the JSON files of `python -m benchmarks run`."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+LABELS = {"base": "base model", "parade": "PARADE, an adapter a request", "lora": "LoRA, 8 adapters"}
+COLOURS = {"base": "#7f7f7f", "parade": "#1f77b4", "lora": "#e6842a"}
+POPULARITIES = {"uniform": "all as popular", "zipf": "popular by Zipf's law"}
+BAR_WIDTH = 0.26
+
+
+def pictures(files: Sequence[Path], folder: Path) -> list[Path]:
+    """Draw what the files have results for, a model size and card at a time; returns the pictures' paths."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    folder.mkdir(parents=True, exist_ok=True)
+    merged: dict[tuple[str, str], list[Record]] = {}
+    for content in (json.loads(file.read_text()) for file in files):
+        key = (content["arguments"].get("size", "model"), content["machine"]["card"])
+        merged.setdefault(key, []).extend(content["results"])
+    paths = []
+    for (size, card), results in merged.items():
+        for name, draw in (("decode", decode), ("tenants", tenants)):
+            records = [record for record in results if record["workload"] == name]
+            if records:
+                path = folder / f"{name}_{size}_{card.replace(' ', '_')}.png"
+                draw(records, f"{size}, bfloat16, {card}", path)
+                paths.append(path)
+    return paths
+
+
+def decode(records: Sequence[Record], title: str, path: Path) -> None:
+    """Bars: time of a decode step by batch size and variant."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    batches = sorted({record["batch"] for record in records})
+    variants = [name for name in LABELS if any(record["variant"] == name for record in records)]
+    for place, name in enumerate(variants):
+        mine = {record["batch"]: record for record in records if record["variant"] == name}
+        shift = (place - (len(variants) - 1) / 2) * BAR_WIDTH
+        at = [number + shift for number, batch in enumerate(batches) if batch in mine]
+        steps = [mine[batch]["step_ms"] for batch in batches if batch in mine]
+        bars = axes.bar(at, steps, BAR_WIDTH * 0.92, label=LABELS[name], color=COLOURS[name])
+        axes.bar_label(bars, fmt="%.1f", fontsize=8, padding=2)
+    axes.set_xticks(range(len(batches)), [str(batch) for batch in batches])
+    axes.set_xlabel(f"requests in the batch, prompts of {records[0]['length']} tokens")
+    axes.set_ylabel("ms per decode step")
+    _finish(figure, [axes], title, path)
+
+
+def tenants(records: Sequence[Record], title: str, path: Path) -> None:
+    """Lines: throughput, and time to first token of requests that come alone, against the number of adapters."""
+    from matplotlib import pyplot
+
+    figure, every = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    measures = {"tokens_per_s": "output tokens per second", "ttft_ms": "ms to first token, one request at a time"}
+    for axes, (measure, label) in zip(every, measures.items(), strict=True):
+        for variant, popularity, curve in _curves(records):
+            name = LABELS[variant].split(",")[0]
+            axes.plot(
+                [record["adapters"] for record in curve],
+                [record[measure] for record in curve],
+                "-" if popularity == "uniform" else "--",
+                marker="o",
+                markersize=4,
+                color=COLOURS[variant],
+                label=f"{name}, {POPULARITIES[popularity]}",
+            )
+        for record in (record for record in records if record["variant"] == "base"):
+            axes.axhline(record[measure], color=COLOURS["base"], linewidth=1, label=LABELS["base"])
+        axes.set_xscale("log")
+        counts = sorted({record["adapters"] for record in records if record["adapters"]})
+        axes.set_xticks(counts, [str(count) for count in counts])
+        axes.minorticks_off()
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("adapters")
+        axes.set_ylabel(label)
+    _finish(figure, list(every), title, path)
+
+
+def _curves(records: Sequence[Record]) -> Iterator[tuple[str, str, list[Record]]]:
+    """Variant, popularity and records by number of adapters; a single adapter belongs to both popularities."""
+    for variant in ("parade", "lora"):
+        for popularity in POPULARITIES:
+            mine = [record for record in records if record["variant"] == variant]
+            curve = [record for record in mine if record["popularity"] == popularity or record["adapters"] == 1]
+            if curve:
+                yield variant, popularity, sorted(curve, key=lambda record: record["adapters"])
+
+
+def _finish(figure: Any, every: Sequence[Any], title: str, path: Path) -> None:
+    from matplotlib import pyplot
+
+    for axes in every:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", alpha=0.3)
+        axes.set_axisbelow(True)
+    every[0].legend(frameon=False, fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)

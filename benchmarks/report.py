@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Results on paper: the machine they belong to, JSON, and Markdown tables with ratios to the base model."""
+
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Columns of a workload's table."""
+
+    point: tuple[str, ...]
+    """What tells one measured point from another."""
+    compared: tuple[str, ...] = ()
+    """Measures that are followed by their ratio to the base model at the same point."""
+    others: tuple[str, ...] = ()
+
+
+TABLES = {
+    "exactness": Columns(
+        ("model", "dtype"),
+        others=("requests", "tokens", "different_tokens", "max_difference", "mean_difference", "mean_effect"),
+    ),
+    "start": Columns((), others=("seconds",)),
+    "loading": Columns(("adapters",), others=("seconds", "ms_per_adapter")),
+    "decode": Columns(("batch", "length"), ("step_ms",), ("step_ms_p20", "step_ms_p80", "tokens_per_s")),
+    "prefill": Columns(("batch", "length"), ("ttft_ms",), ("ttft_ms_p20", "ttft_ms_p80")),
+    "tenants": Columns(("adapters", "popularity"), others=("ttft_ms", "ttft_ms_p20", "ttft_ms_p80", "tokens_per_s")),
+    "table4": Columns((), ("beam1_tokens_per_s", "beam3_tokens_per_s"), ("beam1_mib", "beam3_mib")),
+    "memory": Columns((), ("peak_mib",), ("start_mib", "tables_mib", "slots_mib", "beside_mib")),
+    "kernels": Columns(
+        ("step", "adapters", "tokens"), others=("layer_us", "model_ms", "model_ms_p20", "model_ms_p80", "launched_ms")
+    ),
+    "serve": Columns(
+        ("requests", "speed"),
+        ("tokens_per_s", "ttft_ms_p50", "tpot_ms_p50"),
+        ("requests_per_s", "ttft_ms_p99", "tpot_ms_p99", "failed"),
+    ),
+}
+
+
+def machine() -> Record:
+    """Card, versions and commit that the figures belong to."""
+    from vllm.platforms import current_platform
+
+    import vllm_parade
+
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        # Asked of the driver: the benchmark's own process must not take device memory.
+        "card": current_platform.get_device_name(),
+        "python": platform.python_version(),
+        **{package: _version(package) for package in ("torch", "triton", "vllm")},
+        "vllm_parade": vllm_parade.__version__,
+        "commit": git.stdout.strip() or None,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return str(getattr(import_module(package), "__version__", None))
+    except ImportError:
+        return None
+
+
+def save(path: Path | None, arguments: Record, results: Sequence[Record]) -> None:
+    """Write everything to a JSON file, if one is wanted."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shown = {name: value for name, value in arguments.items() if name != "function"}
+        content = {"machine": machine(), "arguments": shown, "results": list(results)}
+        path.write_text(json.dumps(content, indent=1, default=str) + "\n")
+
+
+def ratio(record: Record, base: Record | None, measure: str) -> float | None:
+    """How many times the base model's figure this is; None where one of the two is missing."""
+    value, other = record.get(measure), (base or {}).get(measure)
+    return value / other if value and other else None
+
+
+def with_beside(records: Sequence[Record]) -> list[Record]:
+    """Memory records, with what a PARADE engine uses beside base engine, tables and slots."""
+    base = next((record["peak_mib"] for record in records if record["variant"] == "base"), None)
+    known = [record for record in records if "tables_mib" in record and record["peak_mib"] and base]
+    beside = {id(record): record["peak_mib"] - base - record["tables_mib"] - record["slots_mib"] for record in known}
+    return [{**record, **({"beside_mib": beside[id(record)]} if id(record) in beside else {})} for record in records]
+
+
+def table(workload: str, records: Sequence[Record]) -> str:
+    """A Markdown table of one workload's records, what belongs to one point together."""
+    columns = TABLES[workload]
+    points: dict[tuple[Any, ...], list[Record]] = {}
+    for record in records:
+        points.setdefault(tuple(record.get(key) for key in columns.point), []).append(record)
+    compared = [name for measure in columns.compared for name in (measure, "ratio")]
+    head = [*columns.point, "variant", *compared, *columns.others]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for rows in points.values():
+        base = next((record for record in rows if record["variant"] == "base"), None)
+        for record in rows:
+            cells = [record.get(name) for name in (*columns.point, "variant")]
+            for measure in columns.compared:
+                cells += [record.get(measure), ratio(record, base, measure)]
+            cells += [record.get(measure) for measure in columns.others]
+            lines.append("| " + " | ".join(map(_cell, cells)) + " |")
+    return "\n".join(lines)
+
+
+def tables(results: Sequence[Record]) -> str:
+    """Tables of all workloads that have results."""
+    parts = []
+    for workload in TABLES:
+        records = [record for record in results if record["workload"] == workload]
+        if records:
+            records = with_beside(records) if workload == "memory" else records
+            parts.append(f"### {workload}\n\n{table(workload, records)}")
+    return "\n\n".join(parts)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.3f}" if abs(value) >= 0.1 or value == 0 else f"{value:.2e}"

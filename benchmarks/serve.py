@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Servers under recorded traffic: `vllm serve` with dummy weights, driven by `vllm bench serve`.
+
+Lengths and arrivals are the trace's; prompts are random tokens, the same ones for every variant.
+"""
+
+import csv
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from benchmarks.engine import NUM_LORAS, Settings
+from benchmarks.measure import prepare_environment
+from benchmarks.models import make_loras, make_model, make_parades
+
+VLLM = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
+# No prompt is longer than what vLLM reads in one step by default on large cards, which PARADE needs.
+MAX_PROMPT = 8192
+MAX_ANSWER = 512
+START_TIMEOUT_S = 600
+STOP_TIMEOUT_S = 20
+
+
+def measure_server(settings: Settings, trace: Path, requests: int, speed: float) -> list[dict[str, Any]]:
+    """Records of one server under the trace: with its adapters, and a PARADE server also without using any."""
+    prepare_environment()
+    folder = Path(settings.folder) / settings.size
+    shape = make_model(folder, settings.size)
+    replay = folder / "trace.jsonl"
+    requests = write_replay(trace, replay, requests, speed, settings.size)
+    flags, names = [], []
+    if settings.variant == "parade":
+        paths = make_parades(folder, shape, settings.adapters)
+        names = [f"p{number}" for number in range(len(paths))]
+        modules = [f"{name}={path}" for name, path in zip(names, paths, strict=True)]
+        flags = ["--enable-parade", "--max-parades", str(settings.slots), "--parade-modules", *modules]
+        flags += ["--max-cpu-parades", str(max(settings.slots, len(paths)))]
+    elif settings.variant == "lora":
+        paths = make_loras(folder, shape, NUM_LORAS)
+        names = [f"l{number}" for number in range(len(paths))]
+        modules = [f"{name}={path}" for name, path in zip(names, paths, strict=True)]
+        flags = ["--enable-lora", "--max-loras", str(NUM_LORAS), "--max-lora-rank", "8", "--lora-modules", *modules]
+    users = {"unused": [], "parade": names} if settings.variant == "parade" else {settings.variant: names}
+    with server(str(folder), [*common_flags(settings), *flags], folder / f"serve_{settings.variant}.log") as url:
+        # The first requests of a server meet kernels that are not compiled yet.
+        bench(url, folder, replay, min(requests, 16), names)
+        return [
+            {"workload": "serve", "variant": name, "speed": speed, **bench(url, folder, replay, requests, used)}
+            for name, used in users.items()
+        ]
+
+
+def write_replay(trace: Path, replay: Path, requests: int, speed: float, size: str) -> int:
+    """Write the first requests of a trace as `vllm bench serve` reads them; returns how many there are."""
+    with trace.open(newline="") as file:
+        rows = [row for row, _ in zip(csv.DictReader(file), range(requests), strict=False)]
+    times = [datetime.fromisoformat(row["TIMESTAMP"][:26]) for row in rows]
+    # A tiny model is for a try: short prompts and answers.
+    longest, answer = (64, 8) if size == "tiny" else (MAX_PROMPT, MAX_ANSWER)
+    with replay.open("w") as file:
+        for number, (row, arrival) in enumerate(zip(rows, times, strict=True)):
+            entry = {
+                "timestamp": (arrival - times[0]).total_seconds() / speed,
+                "input_length": max(1, min(int(row["ContextTokens"]), longest)),
+                "output_length": max(1, min(int(row["GeneratedTokens"]), answer)),
+                # One chunk as long as the prompt, and never the same one: nothing is in the prefix cache.
+                "hash_ids": [number],
+            }
+            file.write(json.dumps(entry) + "\n")
+    return len(rows)
+
+
+def common_flags(settings: Settings) -> list[str]:
+    """Flags that all variants share: the arguments of the offline engines."""
+    flags = ["--max-num-batched-tokens", str(MAX_PROMPT), "--served-model-name", "base"]
+    for name, value in settings.engine_arguments().items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            flags += [flag] if value else []
+        else:
+            flags += [flag, value if isinstance(value, str) else json.dumps(value)]
+    return flags
+
+
+def bench(url: str, tokenizer: Path, replay: Path, requests: int, names: list[str]) -> dict[str, Any]:
+    """Drive a server; figures as vLLM reports them."""
+    result = replay.with_name("bench_result.json")
+    command = [*VLLM, "bench", "serve", "--base-url", url, "--model", "base", "--tokenizer", str(tokenizer)]
+    command += ["--dataset-name", "timed_trace", "--dataset-path", str(replay), "--num-prompts", str(requests)]
+    command += ["--timed-trace-chunk-hash-size", str(2 * MAX_PROMPT), "--temperature", "0", "--disable-tqdm"]
+    command += ["--percentile-metrics", "ttft,tpot", "--metric-percentiles", "50,99", "--save-result"]
+    command += ["--result-dir", str(result.parent), "--result-filename", result.name]
+    command += ["--lora-modules", *names] if names else []
+    # The client makes prompts from hash(): the same ones in every run.
+    subprocess.run(command, env={**os.environ, "PYTHONHASHSEED": "0"}, stdout=subprocess.DEVNULL, check=True)
+    figures = json.loads(result.read_text())
+    return {
+        "requests": figures["completed"],
+        "failed": requests - figures["completed"],
+        "requests_per_s": figures["request_throughput"],
+        "tokens_per_s": figures["output_throughput"],
+        **{f"{name}_ms_p{p}": figures[f"p{p}_{name}_ms"] for name in ("ttft", "tpot") for p in (50, 99)},
+    }
+
+
+@contextmanager
+def server(model: str, flags: list[str], log: Path) -> Iterator[str]:
+    """A healthy `vllm serve`; yields its address."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    command = [*VLLM, "serve", model, "--host", "127.0.0.1", "--port", str(port), *flags]
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not _is_healthy(url):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise SystemExit(f"benchmarks: no server; {log} ends with\n{log.read_text(errors='replace')[-4000:]}")
+            time.sleep(0.5)
+        yield url
+    finally:
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=STOP_TIMEOUT_S)
+        # Whatever is left of its session.
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _is_healthy(url: str) -> bool:
+    with suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5) as response:
+        return bool(response.status == 200)
+    return False

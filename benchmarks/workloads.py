@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is measured: each workload is a function from an engine to result records.
+
+Time to first token of a point (a batch of prompts of one length) is the time in which the batch has one token each; its
+decode step is what every further token takes. Medians stand beside all samples.
+"""
+
+import random
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from benchmarks.engine import Variant, used_mib
+
+Record = dict[str, Any]
+ZIPF_EXPONENT = 1.0
+# Adapters of the workloads other than tenants: one for every row of the largest batch.
+MANY = 256
+BEAM_WIDTH = 3
+
+
+@dataclass(frozen=True)
+class Points:
+    """Sizes of the workloads."""
+
+    decode_batches: tuple[int, ...] = (1, 32, 256)
+    length: int = 274
+    decode_tokens: int = 64
+    prefill: tuple[tuple[int, int], ...] = ((1, 274), (1, 600), (32, 274), (256, 274), (1, 8192))
+    tenants: tuple[int, ...] = (1, 8, 64, 512, 1000)
+    requests: int = 512
+    singles: int = 30
+    answer: int = 32
+
+
+TINY = Points(
+    decode_batches=(1, 4),
+    length=16,
+    decode_tokens=4,
+    prefill=((1, 16), (4, 16)),
+    tenants=(1, 4),
+    requests=8,
+    singles=4,
+    answer=4,
+)
+
+
+def points(size: str) -> Points:
+    """Points for a model size."""
+    return TINY if size == "tiny" else Points()
+
+
+class Measured:
+    """An engine, and samples that workloads share: a point is measured once, whoever asks."""
+
+    def __init__(self, variant: Variant) -> None:
+        self.variant = variant
+        self.points = points(variant.settings.size)
+        self.many = variant.adapters[:MANY]
+        # A PARADE engine serves the base model too: what it costs while nobody uses an adapter.
+        self.users: dict[str, Sequence[Any]] = {"unused": (), "parade": self.many}
+        if variant.name != "parade":
+            self.users = {variant.name: self.many}
+        self.samples = cache(self._samples)
+
+    def _samples(self, batch: int, length: int, tokens: int, repeats: int) -> dict[str, list[float]]:
+        """Seconds per user of the engine, warmed up, users taking turns so that drift hits them alike."""
+        for requests in self.users.values():
+            self.variant.run(batch, length, min(tokens, 4), requests)
+        samples: dict[str, list[float]] = {name: [] for name in self.users}
+        for _ in range(repeats):
+            for name, requests in self.users.items():
+                samples[name].append(self.variant.run(batch, length, tokens, requests))
+        return samples
+
+    def first_tokens(self, batch: int, length: int) -> dict[str, list[float]]:
+        """Seconds to the first token; short runs are noisy and repeated more often."""
+        repeats = self.variant.settings.repeats
+        return self.samples(batch, length, 1, 5 * repeats if batch == 1 else repeats + 2 if batch <= 32 else repeats)
+
+
+def spread(samples: Sequence[float], name: str) -> Record:
+    """p20, p50, p80 and all samples of `name`_ms, from seconds."""
+    values = sorted(1e3 * sample for sample in samples)
+    fifths = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else values * 4
+    return {
+        f"{name}_ms": statistics.median(values),
+        f"{name}_ms_p20": fifths[0],
+        f"{name}_ms_p80": fifths[3],
+        f"{name}_ms_all": [round(value, 3) for value in values],
+    }
+
+
+def decode(measured: Measured) -> Iterator[Record]:
+    """Time of a decode step at several batch sizes, a different adapter in every row."""
+    length = measured.points.length
+    for batch in measured.points.decode_batches:
+        # One request's steps are short: more of them, so that the prefill before them matters less.
+        tokens = measured.points.decode_tokens * (4 if batch == 1 else 1)
+        first = measured.first_tokens(batch, length)
+        whole = measured.samples(batch, length, 1 + tokens, measured.variant.settings.repeats)
+        for name, samples in whole.items():
+            start = statistics.median(first[name])
+            yield {
+                "workload": "decode",
+                "variant": name,
+                "batch": batch,
+                "length": length,
+                **spread([(sample - start) / tokens for sample in samples], "step"),
+                "tokens_per_s": batch * (1 + tokens) / statistics.median(samples),
+            }
+
+
+def prefill(measured: Measured) -> Iterator[Record]:
+    """Time to first token, for single prompts and whole batches."""
+    for batch, length in measured.points.prefill:
+        for name, samples in measured.first_tokens(batch, length).items():
+            yield {"workload": "prefill", "variant": name, "batch": batch, "length": length, **spread(samples, "ttft")}
+
+
+def touch(variant: Variant, adapters: Sequence[Any]) -> float:
+    """Use every adapter once, in order, so that all are in host memory; seconds that took."""
+    return variant.run(len(adapters), 16, 1, adapters) if adapters else 0.0
+
+
+def drawn(adapters: Sequence[Any], count: int, popularity: str) -> list[Any]:
+    """Adapters of `count` requests: each as likely as any other, or by Zipf's law; the same ones in every run."""
+    if not adapters:
+        return []
+    exponent = ZIPF_EXPONENT if popularity == "zipf" else 0.0
+    weights = [(rank + 1) ** -exponent for rank in range(len(adapters))]
+    return random.Random(0).choices(adapters, weights, k=count)
+
+
+def _alone(adapters: Sequence[Any], count: int, popularity: str) -> list[Sequence[Any]]:
+    """Adapters of requests that come one at a time. Uniform ones go round in the order in which `touch` went, so that
+    with more adapters than slots none finds its adapter on the device."""
+    if popularity == "zipf":
+        return [[adapter] for adapter in drawn(adapters, count, popularity)]
+    return [[adapters[number % len(adapters)]] if adapters else [] for number in range(count)]
+
+
+def tenants(measured: Measured) -> Iterator[Record]:
+    """Throughput, and time to first token of requests that come alone, against the number of adapters."""
+    variant, sizes = measured.variant, measured.points
+    for count in [count for count in sizes.tenants if count <= len(variant.adapters)] or [0]:
+        for popularity in ("uniform", "zipf") if count > 1 else ("uniform",):
+            some = variant.adapters[:count]
+            touch(variant, some)
+            alone = [variant.run(1, sizes.length, 1, one) for one in _alone(some, sizes.singles, popularity)]
+            requests = drawn(some, sizes.requests, popularity)
+            crowd = [
+                variant.run(sizes.requests, sizes.length, sizes.answer, requests)
+                for _ in range(variant.settings.repeats)
+            ]
+            yield {
+                "workload": "tenants",
+                "variant": variant.name,
+                "adapters": count,
+                "popularity": popularity,
+                **spread(alone, "ttft"),
+                "tokens_per_s": sizes.requests * sizes.answer / statistics.median(crowd),
+                "seconds_all": crowd,
+            }
+
+
+def table4(measured: Measured) -> Iterator[Record]:
+    """The paper's Table 4: one request, its answer greedy and by beam search, and memory."""
+    variant = measured.variant
+    yield _table4_row(measured, variant.name)
+    if variant.name == "parade":
+        # (IA)3 as PARADE's layers would serve it: vectors that no generator writes.
+        variant.set_static(True)
+        yield _table4_row(measured, "ia3")
+        variant.set_static(False)
+
+
+def _table4_row(measured: Measured, name: str) -> Record:
+    variant, sizes = measured.variant, measured.points
+    repeats = 5 * variant.settings.repeats
+    requests = variant.adapters[:1]
+    variant.run(1, sizes.length, sizes.answer, requests)
+    greedy = [variant.run(1, sizes.length, sizes.answer, requests) for _ in range(repeats)]
+    row: Record = {
+        "workload": "table4",
+        "variant": name,
+        "beam1_tokens_per_s": sizes.answer / statistics.median(greedy),
+        "beam1_mib": used_mib(),
+        "beam1_s_all": greedy,
+    }
+    try:
+        variant.beam_search(BEAM_WIDTH, sizes.length, sizes.answer, requests)
+        beams = [variant.beam_search(BEAM_WIDTH, sizes.length, sizes.answer, requests) for _ in range(repeats)]
+    # Whatever a vLLM version cannot do with an adapter: the row then says why.
+    except Exception as error:
+        return {**row, "beam3_tokens_per_s": None, "beam3_mib": None, "beam3_error": f"{type(error).__name__}: {error}"}
+    beam = sizes.answer / statistics.median(beams)
+    return {**row, "beam3_tokens_per_s": beam, "beam3_mib": used_mib(), "beam3_s_all": beams}
+
+
+WORKLOADS: dict[str, Callable[[Measured], Iterator[Record]]] = {
+    "decode": decode,
+    "prefill": prefill,
+    "tenants": tenants,
+    "table4": table4,
+}
