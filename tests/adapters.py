@@ -8,19 +8,28 @@ import torch
 from vllm_parade import ParadeRequest
 from vllm_parade.adapter import AdapterConfig, BaseModelShape, GeneratorWeights, initial_generator, save_adapter
 
-# Strong enough that a wrong row, token or layer shows in every answer.
+# Strong enough that a wrong row, token or layer shows in every answer: `Oracle.check` sees to it.
 STRONG = 0.25
+# Squashing squares what is small. Hidden states of a small random model, and those that a norm has passed, are small:
+# there the projection down and the pooler need ten times their initial standard deviation to write anything.
+INNER = 0.2
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "strong": {},
     "strong2": {},
-    "rank8": {"r": 8, "num_capsules": 2, "generator_input": "attention_input"},
+    "rank8": {"r": 8, "num_capsules": 2, "generator_input": "attention_input", "inner": INNER},
     "routing": {"pooler": "dynamic_routing", "r": 24, "num_capsules": 3, "activation": "silu"},
     # This pooler does not squash, so its vectors are five times as strong: at STRONG the float32 oracle itself is off
     # its float64 self by 2e-3 in log-probability, and equality with it would mean nothing.
     "last": {"pooler": "last_token", "activation": "tanh", "strength": STRONG / 5},
     "five": {"sites": ("q", "k", "v", "gate", "up"), "r": 6, "num_capsules": 3},
-    "some_layers": {"layers_to_transform": (0, 3, 7), "sites": ("q", "v"), "activation": "relu"},
+    # Three layers of thirty must do what all do elsewhere.
+    "some_layers": {
+        "layers_to_transform": (0, 3, 7),
+        "sites": ("q", "v"),
+        "activation": "relu",
+        "strength": 4 * STRONG,
+    },
 }
 
 
@@ -29,10 +38,12 @@ def make_adapter(
     shape: BaseModelShape,
     seed: int,
     strength: float = STRONG,
+    inner: float | None = None,
     dtype: torch.dtype = torch.float32,
     **config: Any,
 ) -> ParadeRequest:
-    """Save an adapter whose up projections are random with standard deviation `strength`."""
+    """Save an adapter whose up projections are random with standard deviation `strength`, what comes before them with
+    `inner`, or as training begins."""
     settings = AdapterConfig(**config)
     random = torch.Generator().manual_seed(seed)
     layers = settings.layers_to_transform or range(shape.num_layers)
@@ -40,6 +51,9 @@ def make_adapter(
     for layer in layers:
         weights = initial_generator(settings, shape, random)
         weights.up.normal_(0, strength, generator=random)
+        for tensor in (weights.down, weights.query, weights.weight):
+            if inner is not None and tensor is not None:
+                tensor.normal_(0, inner, generator=random)
         generators[layer] = weights.to("cpu", dtype)
     save_adapter(folder, settings, generators)
     return ParadeRequest(folder.name, str(folder))

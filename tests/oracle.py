@@ -9,6 +9,8 @@ from vllm_parade import ParadeRequest
 from vllm_parade.tuner import ParadeModel
 
 TOLERANCE = 1e-3
+# An adapter that moves log-probabilities by less than this, on average, shows nothing by being right.
+ENOUGH = 20 * TOLERANCE
 
 
 class Oracle:
@@ -31,6 +33,16 @@ class Oracle:
                 wanted = [logprobs(output) for output in mine]
             for output, (tokens, values) in zip(mine, wanted, strict=True):
                 self._compare(output, request, tokens, values)
+            if request is not None:
+                self._check_effect(request, mine, wanted)
+
+    def _check_effect(self, request: ParadeRequest, outputs: list[Any], wanted: list[Any]) -> None:
+        with self.model(None) as logprobs:
+            moved = [(values - logprobs(output)[1]).abs() for output, (_, values) in zip(outputs, wanted, strict=True)]
+        effect = torch.cat(moved).mean().item()
+        assert effect > ENOUGH, (
+            f"{request.parade_name} moves log-probabilities by {effect:.1e} only: no test of anything"
+        )
 
     @contextmanager
     def model(self, request: ParadeRequest | None, pooling_dtype: torch.dtype = torch.float32) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.adapters import make_adapter
+from tests.adapters import INNER, make_adapter
 from tests.engines import engine, greedy, prompts
 from tests.oracle import Oracle
 from vllm_parade.adapter import SITES, BaseModelShape
@@ -54,8 +54,8 @@ def test_exact(architecture: str, tmp_path: Path) -> None:
     assert architecture in ARCHITECTURES
     model = make_model(tmp_path / "model", architecture)
     shape = BaseModelShape.from_hf_config(AutoConfig.from_pretrained(model))
-    a = make_adapter(tmp_path / "a", shape, 1)
-    five = make_adapter(tmp_path / "five", shape, 2, sites=SITES, generator_input="attention_input")
+    a = make_adapter(tmp_path / "a", shape, 1, inner=INNER)
+    five = make_adapter(tmp_path / "five", shape, 2, inner=INNER, sites=SITES, generator_input="attention_input")
     lengths = [1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 120, 200]
     kinds = cycle([None, a, five])
     requests = [next(kinds) for _ in lengths]

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.adapters import VARIANTS, make_adapter
+from tests.adapters import INNER, VARIANTS, make_adapter
 from tests.engines import engine, greedy, prompts
 from tests.oracle import Oracle
 from vllm_parade import ParadeRequest
@@ -24,7 +24,10 @@ def adapters(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> list[Parade
 
     shape = BaseModelShape.from_hf_config(AutoConfig.from_pretrained(tiny))
     folder = tmp_path_factory.mktemp("kinds")
-    return [make_adapter(folder / name, shape, seed, **config) for seed, (name, config) in enumerate(KINDS.items())]
+    return [
+        make_adapter(folder / name, shape, seed, **{"inner": INNER, **config})
+        for seed, (name, config) in enumerate(KINDS.items())
+    ]
 
 
 def runner(llm: Any) -> str:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tests.adapters import make_adapter
+from tests.adapters import INNER, make_adapter
 from tests.engines import engine, greedy, prompts, scheduler
 from tests.oracle import Oracle
 from vllm_parade import ParadeRequest
@@ -88,8 +88,10 @@ def test_two_ranks(tiny: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     shape = BaseModelShape.from_hf_config(AutoConfig.from_pretrained(tiny))
-    a = make_adapter(tmp_path / "a", shape, 1)
-    five = make_adapter(tmp_path / "five", shape, 2, sites=("q", "k", "v", "gate", "up"), r=8, num_capsules=2)
+    a = make_adapter(tmp_path / "a", shape, 1, inner=INNER)
+    five = make_adapter(
+        tmp_path / "five", shape, 2, inner=INNER, sites=("q", "k", "v", "gate", "up"), r=8, num_capsules=2
+    )
     requests = [None, a, five] * 4
     lengths = [1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 120, 200]
     options = {"enable_parade": True, "parade_sites": ["q", "k", "v", "gate", "up"], "max_parades": 1}

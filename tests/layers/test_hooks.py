@@ -51,6 +51,13 @@ class Norm(nn.Module):
         return F.rms_norm(residual, (HIDDEN,)), residual
 
 
+class Attention(nn.Module):
+    """Returns what it is asked to attend with."""
+
+    def forward(self, query, key, value):
+        return torch.cat([query, key, value], dim=1)
+
+
 class Layer(nn.Module):
     def __init__(self):
         super().__init__()
@@ -59,13 +66,15 @@ class Layer(nn.Module):
         self.self_attn.qkv_proj = Projection(
             32, num_heads=HEADS, num_kv_heads=KV_HEADS, num_kv_head_replicas=1, head_size=HEAD, v_head_size=HEAD
         )
+        self.self_attn.attn = Attention()
         self.mlp = nn.Module()
         self.mlp.gate_up_proj = Projection(2 * INTERMEDIATE, output_sizes=[INTERMEDIATE, INTERMEDIATE])
 
     def forward(self, hidden, residual=None):
         normed = self.input_layernorm(hidden, residual)
         attention_input = normed[0] if isinstance(normed, tuple) else normed
-        return self.self_attn.qkv_proj(attention_input)[0], self.mlp.gate_up_proj(attention_input)[0]
+        qkv = self.self_attn.qkv_proj(attention_input)[0]
+        return self.self_attn.attn(*qkv.split([16, 8, 8], dim=1)), self.mlp.gate_up_proj(attention_input)[0]
 
 
 def make_model():
@@ -186,7 +195,9 @@ def test_all_five_sites_have_their_columns():
 
 def test_a_projection_without_sites_has_no_hook():
     adjusted = Adjusted(("up",))
-    assert not adjusted.model.layers[0].self_attn.qkv_proj._forward_hooks
+    attention = adjusted.model.layers[0].self_attn
+    assert not attention.qkv_proj._forward_hooks
+    assert not attention.attn._forward_pre_hooks
     assert adjusted.model.layers[0].mlp.gate_up_proj._forward_hooks
 
 
@@ -285,11 +296,13 @@ class TestUnsupportedModels:
         with pytest.raises(UnsupportedModelError, match="no decoder layer with input_layernorm, self_attn and mlp"):
             self.adjust(nn.Linear(2, 2))
 
-    @pytest.mark.parametrize(("module", "projection"), [("self_attn", "qkv_proj"), ("mlp", "gate_up_proj")])
-    def test_other_projections(self, module, projection):
+    @pytest.mark.parametrize(
+        ("module", "child"), [("self_attn", "qkv_proj"), ("self_attn", "attn"), ("mlp", "gate_up_proj")]
+    )
+    def test_other_modules(self, module, child):
         model = make_model()
-        delattr(getattr(model.layers[1], module), projection)
-        with pytest.raises(UnsupportedModelError, match=r"layer layers\.1 has no fused qkv_proj and gate_up_proj"):
+        delattr(getattr(model.layers[1], module), child)
+        with pytest.raises(UnsupportedModelError, match=rf"layer layers\.1 has no {module}\.{child}"):
             self.adjust(model)
 
 

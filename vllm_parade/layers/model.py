@@ -26,8 +26,9 @@ def decoder_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     module: Any
     for name, module in model.named_modules():
         if all(hasattr(module, child) for child in ("input_layernorm", "self_attn", "mlp")):
-            if not hasattr(module.self_attn, "qkv_proj") or not hasattr(module.mlp, "gate_up_proj"):
-                raise UnsupportedModelError(f"layer {name} has no fused qkv_proj and gate_up_proj")
+            for parent, child in (("self_attn", "qkv_proj"), ("self_attn", "attn"), ("mlp", "gate_up_proj")):
+                if not hasattr(getattr(module, parent), child):
+                    raise UnsupportedModelError(f"layer {name} has no {parent}.{child}")
             yield name, module
 
 
@@ -54,7 +55,8 @@ def adjust_model(
         index = int(name.rsplit(".", 1)[-1])
         layer = ParadeLayer(index, [shards[site] for site in sites], num_rows, batch, device, dtype)
         _hook_norm(module.input_layernorm, layer)
-        _hook_projection(qkv, ("q", "k", "v"), layer)
+        _hook_projection(qkv, ("q", "k"), layer)
+        _hook_values(module.self_attn.attn, layer)
         _hook_projection(gate_up, ("gate", "up"), layer)
         layers.append(layer)
     if not layers:
@@ -75,26 +77,54 @@ def _generate_vectors(norm: Any, args: tuple[Tensor, ...], output: Tensor | tupl
 
 
 def _hook_projection(projection: Any, names: tuple[str, ...], layer: ParadeLayer) -> None:
-    spans, column = [], 0
-    for shard in layer.shards:
-        if shard.name in names:
-            spans.append(_span(shard, column))
-        column += shard.width
+    spans = tuple((shard.output_start, column, shard.width) for shard, column in _columns(layer) if shard.name in names)
     if spans:
-        projection.parade_spans = tuple(spans)
-        projection.register_buffer("parade_table", layer.table, persistent=False)
-        projection.register_buffer("parade_token_rows", layer.batch.token_rows, persistent=False)
+        projection.parade_spans = spans
+        _register_tables(projection, layer)
         projection.register_forward_hook(_scale_output)
 
 
-def _span(shard: SiteShard, column: int) -> tuple[int, int, int]:
-    return shard.output_start, column, shard.width
+def _hook_values(attention: Any, layer: ParadeLayer) -> None:
+    for shard, column in _columns(layer):
+        if shard.name == "v":
+            attention.parade_columns = slice(column, column + shard.width)
+            _register_tables(attention, layer)
+            attention.register_forward_pre_hook(_scale_values)
+
+
+def _columns(layer: ParadeLayer) -> Iterator[tuple[SiteShard, int]]:
+    """The layer's sites, with the first column of each in the table."""
+    column = 0
+    for shard in layer.shards:
+        yield shard, column
+        column += shard.width
+
+
+def _register_tables(module: Any, layer: ParadeLayer) -> None:
+    module.register_buffer("parade_table", layer.table, persistent=False)
+    module.register_buffer("parade_token_rows", layer.batch.token_rows, persistent=False)
+
+
+def _vectors(module: Any, columns: slice, num_tokens: int) -> Tensor:
+    """[tokens, width]: every token's own row of the table."""
+    rows: Tensor = module.parade_token_rows[:num_tokens]
+    vectors: Tensor = module.parade_table[:, columns].index_select(0, rows)
+    return vectors
 
 
 def _scale_output(projection: Any, args: tuple[Tensor, ...], output: tuple[Tensor, Any]) -> None:
-    """Semantics: Q' = l_q * Q, V' = l_v * V, U' = l_u * U, every token by its own row of the table  (4), (5)."""
+    """Semantics: Q' = l_q * Q, U' = l_u * U; likewise K and the gate, where an adapter asks for it  (4), (5)."""
     result = output[0]
-    rows = projection.parade_token_rows[: result.shape[0]]
     for start, column, width in projection.parade_spans:
-        vectors = projection.parade_table[:, column : column + width].index_select(0, rows)
+        vectors = _vectors(projection, slice(column, column + width), len(result))
         result[:, start : start + width].mul_(vectors)
+
+
+def _scale_values(attention: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Semantics: V' = l_v * V  (4).
+
+    Here and not in the projection's output, of which attention takes V as it lies: a compiler would copy all of it for
+    the part that changes.
+    """
+    query, key, value, *others = args
+    return query, key, value * _vectors(attention, attention.parade_columns, len(value)), *others
