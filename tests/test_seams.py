@@ -132,6 +132,7 @@ class TestOverrides:
             (Scheduler, "_get_local_prefix_cache_hit", ["request"]),
             (Scheduler, "_reserve_prefill_lookahead", ["request", "num_computed_tokens", "num_new_tokens"]),
             (Scheduler, "_update_after_schedule", ["scheduler_output"]),
+            (Scheduler, "_preempt_request", ["request"]),
             (Scheduler, "_free_request", ["request"]),
             (Scheduler, "reset_prefix_cache", ["reset_running_requests", "reset_connector"]),
             (GPUModelRunner, "_prepare_inputs", ["scheduler_output", "num_scheduled_tokens"]),
@@ -158,6 +159,10 @@ class TestOverrides:
             (Scheduler, "schedule", "self._reserve_prefill_lookahead(", 2),
             (Scheduler, "schedule", "self._get_local_prefix_cache_hit(request", 1),
             (Scheduler, "schedule", "self._update_after_schedule(scheduler_output)", 1),
+            # Only the running loop, before any waiting request of the step runs.
+            (Scheduler, "schedule", "self._preempt_request(", 1),
+            (Scheduler, "schedule", "request.status = RequestStatus.RUNNING", 1),
+            (Scheduler, "reset_prefix_cache", "self._preempt_request(", 1),
             (Scheduler, "finish_requests", "self._free_request(request", 1),
             (Scheduler, "update_from_output", "self._free_request(request", 1),
             (AsyncScheduler, "_update_after_schedule", "super()._update_after_schedule(scheduler_output)", 1),

@@ -76,6 +76,9 @@ class ServingConfig:
     max_parade_rank: int = 16
     """Largest bottleneck size r that an adapter may have. Device memory for max-parades adapters of this size is taken
     at start."""
+    parade_vector_cache: int = 64
+    """Prompts whose vectors are kept after their request, so that the same prompt under the same adapter is not read
+    again: neither by a generator nor, as far as the prefix cache still has it, by the model."""
     parade_sites: tuple[str, ...] | None = None
     """Projections whose outputs can be scaled, out of q, k, v, gate, up; by default q, v, up and what the adapters of
     parade-modules name. Each costs table memory: max-num-seqs times its width in every layer."""
@@ -87,6 +90,9 @@ class ServingConfig:
             value = getattr(self, flag)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ParadeConfigError(f"{flag_name(flag)} is {value!r}; expected a positive whole number")
+        cache = self.parade_vector_cache
+        if isinstance(cache, bool) or not isinstance(cache, int) or cache < 0:
+            raise ParadeConfigError(f"--parade-vector-cache is {cache!r}; expected a whole number, 0 or more")
         self._check_sites()
         self._check_combinations()
 
@@ -123,6 +129,10 @@ class ServingConfig:
     def host_capacity(self) -> int:
         """Adapters that host memory may hold."""
         return self.max_cpu_parades or max(self.max_parades, len(self.parade_modules))
+
+    def num_rows(self, max_num_seqs: int) -> int:
+        """Rows of the vector tables: the identity, one for every request that can run, and the cached ones."""
+        return 1 + max_num_seqs + self.parade_vector_cache
 
     @property
     def sites(self) -> tuple[str, ...]:

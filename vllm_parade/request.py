@@ -71,6 +71,10 @@ class ParadeRequest:
         return 1
 
 
+# Vectors depend on the adapter's content and on the instruction's tokens, and on nothing else.
+InstructionKey = tuple[str, str]
+
+
 @dataclass(frozen=True)
 class Instruction:
     """What a generator must do for a request: read the first `tokens` of its prompt under `adapter`."""
@@ -78,16 +82,23 @@ class Instruction:
     adapter: str
     """Content hash of the adapter."""
     tokens: int
+    digest: str
+    """Hash of those tokens."""
+
+    @property
+    def key(self) -> InstructionKey:
+        """What two instructions have in common that have the same vectors."""
+        return self.adapter, self.digest
 
     def to_extra_args(self) -> dict[str, str | int]:
         """The form that crosses from front end to engine core (msgpack carries no classes)."""
-        return {"adapter": self.adapter, "tokens": self.tokens}
+        return {"adapter": self.adapter, "tokens": self.tokens, "digest": self.digest}
 
     @classmethod
     def from_extra_args(cls, extra_args: dict | None) -> "Instruction | None":
         """Read a request's `SamplingParams.extra_args`; None for a request of the base model."""
         values = (extra_args or {}).get(EXTRA_ARGS_KEY)
-        return None if values is None else cls(adapter=values["adapter"], tokens=values["tokens"])
+        return None if values is None else cls(**values)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The choke point of all requests, on vLLM's real input processor."""
 
+import hashlib
+
 import pytest
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
@@ -13,6 +15,9 @@ from vllm_parade.request import EXTRA_ARGS_KEY, Instruction
 
 HASH = "c0ffee"
 PROMPT = {"type": "token", "prompt_token_ids": list(range(1, 11))}
+INSTRUCTION = Instruction(
+    HASH, tokens=10, digest=hashlib.sha256(b"".join(n.to_bytes(8, "little") for n in range(1, 11))).hexdigest()
+)
 
 
 @pytest.fixture
@@ -56,13 +61,13 @@ def long_prompt(tokens):
 
 def test_the_engine_core_learns_adapter_and_instruction(processor, request_a):
     request = process(processor, request_a)
-    assert Instruction.from_extra_args(request.sampling_params.extra_args) == Instruction(HASH, tokens=10)
+    assert Instruction.from_extra_args(request.sampling_params.extra_args) == INSTRUCTION
     assert request.lora_request is None
 
 
 def test_positional_arguments_are_understood(processor, request_a):
     request = processor.process_inputs("0", PROMPT, SamplingParams(), ("generate",), None, request_a)
-    assert Instruction.from_extra_args(request.sampling_params.extra_args) == Instruction(HASH, tokens=10)
+    assert Instruction.from_extra_args(request.sampling_params.extra_args) == INSTRUCTION
 
 
 def test_a_shorter_instruction(processor):
@@ -71,13 +76,31 @@ def test_a_shorter_instruction(processor):
     assert Instruction.from_extra_args(request.sampling_params.extra_args).tokens == 4
 
 
-def test_salts_are_unique_and_keep_the_users(processor, request_a):
-    requests = [process(processor, request_a, {**PROMPT, "cache_salt": salt}) for salt in ("mine", "mine", "yours")]
-    requests.append(process(processor, request_a))
-    salts = [request.cache_salt for request in requests]
-    assert len(set(salts)) == 4
-    assert all(salt.startswith(f"parade:{HASH}:") for salt in salts)
-    assert [salt.rsplit(":", 1)[1] for salt in salts] == ["mine", "mine", "yours", ""]
+def test_salts_tell_apart_what_must_not_share(make_processor, request_a):
+    """Equal requests share keys and values; another adapter, instruction or user's salt has its own."""
+    processor = make_processor(enable_parade=True)
+    other = ParadeRequest("b", "/x/b")
+    for request, content in ((request_a, HASH), (other, "f00d")):
+        registry = AdapterRegistry.of(processor)
+        registry.commit(request, [], [{"ok": True, "content_hash": content}])
+    short = ParadeRequest("a", "/x/a", instruction_tokens=9)
+
+    def salt(adapter, prompt=PROMPT):
+        return process(processor, adapter, prompt).cache_salt
+
+    mine = {**PROMPT, "cache_salt": "mine"}
+    salts = [salt(request_a), salt(other), salt(short), salt(request_a, long_prompt(10)), salt(request_a, mine)]
+    assert len(set(salts)) == 5
+    assert [salt(request_a), salt(request_a, mine)] == [salts[0], salts[4]]
+    assert salts[4].endswith(":mine")
+
+
+def test_a_client_cannot_name_the_salt_of_an_adapters_requests(processor, request_a):
+    """A base request with such a salt would get keys and values that were computed under the adapter."""
+    secret = process(processor, request_a).cache_salt.split(":")[1]
+    assert len(secret) == 32
+    assert secret not in str(PROMPT)
+    assert process(processor, None, {**PROMPT, "cache_salt": "parade:x"}).cache_salt == "parade:x"
 
 
 def test_parameters_of_the_caller_stay_his(processor, request_a):

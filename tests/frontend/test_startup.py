@@ -96,7 +96,7 @@ class TestCompileCache:
     def test_what_goes_in_survives_json(self, engine_config):
         entry = engine_config(enable_parade=True, max_num_seqs=7).additional_config[CONFIG_KEY]
         assert json.loads(json.dumps(entry)) == entry
-        assert entry["rows"] == 8
+        assert entry["rows"] == 8 + 64
 
 
 class TestBadAdapters:

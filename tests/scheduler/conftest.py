@@ -33,10 +33,12 @@ class Engine:
 
     def add(self, name, prompt, adapter=None, instruction=None, max_tokens=99, tokens=None, **options):
         """A request with a prompt of `prompt` tokens, under an adapter or none."""
-        extra = adapter and {EXTRA_ARGS_KEY: Instruction(adapter, instruction or prompt).to_extra_args()}
+        tokens = tokens or [ord(name)] * prompt
+        length = instruction or prompt
+        extra = adapter and {EXTRA_ARGS_KEY: Instruction(adapter, length, str(tokens[:length])).to_extra_args()}
         request = Request(
             request_id=name,
-            prompt_token_ids=tokens or [ord(name)] * prompt,
+            prompt_token_ids=tokens,
             sampling_params=SamplingParams(max_tokens=max_tokens, ignore_eos=True, extra_args=extra),
             pooling_params=None,
             block_hasher=get_request_block_hasher(BLOCK, sha256),
@@ -47,7 +49,9 @@ class Engine:
     def step(self):
         """One step, as a line of a table: scheduled tokens, running, waiting, rows, instructions that passed."""
         output = self.scheduler.schedule()
-        rows = {name: self.scheduler.rows.row(name) for name in self.scheduler.requests if name in self.scheduler.rows}
+        rows = {
+            name: self.scheduler.rows.row(name) for name in self.scheduler.requests if self.scheduler.rows.holds(name)
+        }
         plan = getattr(output, PLAN_ATTRIBUTE)
         assert plan.rows == {name: rows[name] for name in output.num_scheduled_tokens if name in rows}
         line = (
@@ -91,11 +95,12 @@ def make_engine(tmp_path):
     config.save_pretrained(tmp_path)
     init_none_hash(sha256)
 
-    def make(step_tokens=16, max_num_seqs=4, blocks=1000, pipeline=0, **options):
+    def make(step_tokens=16, max_num_seqs=4, blocks=1000, pipeline=0, vector_cache=0, **options):
         vllm_config = EngineArgs(
             str(tmp_path),
             skip_tokenizer_init=True,
             enable_parade=True,
+            parade_vector_cache=vector_cache,
             max_num_batched_tokens=step_tokens,
             max_num_seqs=max_num_seqs,
             max_model_len=256,

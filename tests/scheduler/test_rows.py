@@ -4,77 +4,111 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_parade.request import IDENTITY_ROW
-from vllm_parade.scheduler import RowPool
+from vllm_parade.scheduler import RowCache
+
+A, B, C, D = (("adapter", digest) for digest in "abcd")
 
 
-def test_the_identity_is_never_handed_out():
-    pool = RowPool(4)
-    rows = {pool.allocate(name, running={"a", "b", "c"}) for name in "abc"}
-    assert rows == {1, 2, 3}
-    assert IDENTITY_ROW not in rows
-    assert len(pool) == 3
+@pytest.fixture
+def rows():
+    """3 rows and the identity."""
+    return RowCache(4)
 
 
-def test_a_row_is_kept_until_it_is_freed():
-    pool = RowPool(3)
-    row = pool.allocate("a", running={"a"})
-    pool.allocate("b", running={"a", "b"})
-    assert pool.row("a") == row
-    pool.free("a")
-    assert "a" not in pool
-    assert "b" in pool
-    assert pool.allocate("c", running={"b", "c"}) == row
+def test_the_identity_is_never_handed_out(rows):
+    handed = {rows.allocate(key[1], key) for key in (A, B, C)}
+    assert handed == {1, 2, 3}
+    assert IDENTITY_ROW not in handed
+    assert len(rows) == 3
 
 
-def test_freeing_what_has_no_row_changes_nothing():
-    pool = RowPool(2)
-    pool.free("a")
-    assert pool.allocate("b", running={"b"}) == 1
-    pool.free("a")
-    assert pool.row("b") == 1
+def test_a_row_is_found_after_its_request(rows):
+    row = rows.allocate("1", A)
+    rows.release("1")
+    assert A in rows
+    assert not rows.holds("1")
+    assert rows.acquire("2", A) == row
+    assert rows.row("2") == row
 
 
-def test_a_second_row_for_one_request_is_a_bug():
-    pool = RowPool(3)
-    pool.allocate("a", running={"a"})
+def test_a_row_is_held_until_the_last_holder_leaves(rows):
+    row = rows.allocate("1", A)
+    rows.acquire("2", A)
+    rows.release("1")
+    assert len(rows) == 1
+    for name, key in (("3", B), ("4", C)):
+        assert rows.allocate(name, key) != row
+        rows.release(name)
+    assert rows.allocate("5", D) != row
+    assert A in rows
+
+
+def test_the_least_recently_used_idle_row_is_taken(rows):
+    taken = {key: rows.allocate(key[1], key) for key in (A, B, C)}
+    for name in "abc":
+        rows.release(name)
+    rows.acquire("again", A)
+    rows.release("again")
+    assert rows.allocate("d", D) == taken[B]
+    assert B not in rows
+    assert A in rows
+    assert C in rows
+    assert (rows.hits, rows.misses, rows.evictions) == (1, 4, 1)
+
+
+def test_releasing_what_holds_nothing_changes_nothing(rows):
+    rows.release("1")
+    rows.allocate("2", A)
+    rows.release("1")
+    assert rows.holds("2")
+
+
+def test_two_rows_for_one_request_are_a_bug(rows):
+    rows.allocate("1", A)
     with pytest.raises(AssertionError, match="has a row already"):
-        pool.allocate("a", running={"a"})
+        rows.allocate("1", B)
 
 
-def test_the_oldest_row_of_a_request_that_is_not_running_is_taken():
-    pool = RowPool(4)
-    rows = {name: pool.allocate(name, running={"a", "b", "c"}) for name in "abc"}
-    assert pool.allocate("d", running={"b", "d"}) == rows["a"]
-    assert "a" not in pool
-    assert pool.row("b") == rows["b"]
-    assert pool.row("c") == rows["c"]
+def test_two_rows_for_one_instruction_are_a_bug(rows):
+    rows.allocate("1", A)
+    with pytest.raises(AssertionError, match="has a row already"):
+        rows.allocate("2", A)
 
 
-def test_clear_frees_all():
-    pool = RowPool(3)
-    for name in "ab":
-        pool.allocate(name, running={"a", "b"})
-    pool.clear()
-    assert len(pool) == 0
-    assert {pool.allocate(name, running={"c", "d"}) for name in "cd"} == {1, 2}
+def test_what_is_forgotten_is_kept_by_its_holders_alone(rows):
+    row = rows.allocate("1", A)
+    rows.allocate("2", B)
+    rows.release("2")
+    rows.forget()
+    assert A not in rows
+    assert B not in rows
+    assert rows.row("1") == row
+    assert rows.allocate("3", A) != row
+    rows.release("1")
+    # The old row is free, and the new one still that of A.
+    assert {rows.allocate("4", B), rows.allocate("5", C)} == {1, 2, 3} - {rows.row("3")}
 
 
-@given(st.lists(st.tuples(st.sampled_from(["run", "preempt", "finish"]), st.integers(0, 9))))
-def test_running_requests_always_have_different_rows(events):
-    """Whatever happens: 3 rows, at most 3 requests running, each with its own row, never the identity."""
-    pool, running = RowPool(4), set()
-    for event, number in events:
-        name = str(number)
-        if event == "run" and len(running | {name}) <= 3:
-            running.add(name)
-            if name not in pool:
-                pool.allocate(name, running)
-        elif event == "preempt":
-            running.discard(name)
-        elif event == "finish":
-            running.discard(name)
-            pool.free(name)
-        rows = [pool.row(name) for name in running]
-        assert len(set(rows)) == len(rows)
-        assert set(rows) <= {1, 2, 3}
-        assert len(pool) <= 3
+EVENTS = st.tuples(st.sampled_from(["run", "leave", "forget"]), st.integers(0, 9), st.integers(0, 5))
+
+
+@given(st.lists(EVENTS))
+def test_a_running_request_has_the_row_of_its_instruction(events):
+    """Whatever happens: 3 rows, at most 3 requests running; rows are equal where instructions are, since the last
+    reset, and never where they differ."""
+    rows, running, era = RowCache(4), {}, 0
+    for event, number, digest in events:
+        name, key = str(number), ("adapter", str(digest))
+        if event == "run" and name not in running and len(running) < 3:
+            (rows.acquire if key in rows else rows.allocate)(name, key)
+            running[name] = (era, key)
+        elif event == "leave":
+            running.pop(name, None)
+            rows.release(name)
+        elif event == "forget":
+            rows.forget()
+            era += 1
+        for one, what in running.items():
+            assert rows.row(one) in {1, 2, 3}
+            for other, also in running.items():
+                assert (rows.row(one) == rows.row(other)) == (what == also)

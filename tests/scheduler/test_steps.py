@@ -42,8 +42,9 @@ def test_head_of_the_queue_is_not_overtaken(make_engine):
         ({"a": 2, "b": 2}, "ab", "cd", {"b": 1}, "b"),
         ({"a": 1, "b": 1}, "ab", "cd", {"b": 1}, ""),
         ({"a": 1}, "a", "cd", {}, ""),
-        ({"c": 8}, "c", "d", {"c": 1}, "c"),
-        ({"c": 1, "d": 1}, "cd", "", {"c": 1, "d": 2}, "d"),
+        # b's row stays, for requests with the same instruction.
+        ({"c": 8}, "c", "d", {"c": 2}, "c"),
+        ({"c": 1, "d": 1}, "cd", "", {"c": 2, "d": 3}, "d"),
     )
 
 
@@ -71,10 +72,10 @@ def test_short_instruction_waits_too_where_it_does_not_fit(make_engine):
     )
 
 
-def test_preempted_request_keeps_its_row(make_engine):
+def test_preempted_request_finds_its_row_again(make_engine):
     """5 blocks of 4 tokens. b is pushed out when a and b need 6, and resumes without a generator when a is done.
 
-    The blocks of its first 8 tokens are still cached, and may count, since b has its vectors.
+    The blocks of its first 8 tokens are still cached, and may count, since its vectors are there.
     """
     engine = make_engine(step_tokens=16, blocks=6)
     engine.add("a", 7, "A", max_tokens=4)
@@ -83,8 +84,8 @@ def test_preempted_request_keeps_its_row(make_engine):
     engine.expect(
         ({"a": 7, "b": 7}, "ab", "", rows, "ab"),
         ({"a": 1, "b": 1}, "ab", "", rows, ""),
-        ({"a": 1}, "a", "b", rows, ""),
-        ({"a": 1}, "a", "b", rows, ""),
+        ({"a": 1}, "a", "b", {"a": 1}, ""),
+        ({"a": 1}, "a", "b", {"a": 1}, ""),
         ({"b": 1}, "b", "", {"b": 2}, ""),
     )
 
@@ -100,7 +101,7 @@ def test_resumed_request_may_be_cut(make_engine):
         ({"a": 1, "b": 1}, "ab", "", {"b": 1}, ""),
         ({"a": 1, "b": 1}, "ab", "", {"b": 1}, ""),
         ({"a": 1, "b": 1}, "ab", "", {"b": 1}, ""),
-        ({"a": 1}, "a", "b", {"b": 1}, ""),
+        ({"a": 1}, "a", "b", {}, ""),
         ({"b": 8}, "b", "", {"b": 1}, ""),
         ({"b": 3}, "b", "", {"b": 1}, ""),
     )
@@ -123,27 +124,124 @@ def test_row_of_a_preempted_request_is_taken_when_none_is_left(make_engine):
     engine.add("c", 4, "C", max_tokens=2, priority=1)
     engine.expect(
         # Both need their fourth block.
-        ({"a": 1}, "a", "cb", {"a": 1, "b": 2}, ""),
+        ({"a": 1}, "a", "cb", {"a": 1}, ""),
         ({"a": 1, "c": 4}, "ac", "b", {"a": 1, "c": 2}, "c"),
         ({"a": 1, "c": 1}, "ac", "b", {"a": 1, "c": 2}, ""),
         *[({"a": 1}, "a", "b", {"a": 1}, "")] * 3,
-        ({"b": 8}, "b", "", {"b": 1}, "b"),
-        ({"b": 4}, "b", "", {"b": 1}, ""),
-        ({"b": 1}, "b", "", {"b": 1}, ""),
+        # Of the rows of a and c, neither of which runs, that of c was left first.
+        ({"b": 8}, "b", "", {"b": 2}, "b"),
+        ({"b": 4}, "b", "", {"b": 2}, ""),
+        ({"b": 1}, "b", "", {"b": 2}, ""),
     )
 
 
-def test_prefix_cache_counts_only_with_a_row(make_engine):
-    """b and d repeat the prompts of a and c: of base request b only the last token must pass, of PARADE's d all."""
+TOKENS = list(range(13))
+
+
+def again(engine, name, adapter="C", **options):
+    """A request whose prompt is TOKENS, under C's salt."""
+    engine.add(name, 13, adapter, tokens=TOKENS, cache_salt="salt" if adapter else None, **options)
+
+
+def test_prefix_cache_counts_where_a_row_is(make_engine):
+    """b and d repeat the prompts of a and c: the last token must pass, and nobody's generator runs again."""
     engine = make_engine(step_tokens=64)
-    tokens = list(range(13))
-    engine.add("a", 13, tokens=tokens)
-    engine.add("c", 13, "C", tokens=tokens, cache_salt="salt")
+    again(engine, "a", adapter=None)
+    again(engine, "c")
     engine.expect(({"a": 13, "c": 13}, "ac", "", {"c": 1}, "c"))
-    engine.add("b", 13, tokens=tokens)
-    engine.add("d", 13, "C", tokens=tokens, cache_salt="salt")
-    engine.expect(({"a": 1, "c": 1, "b": 1, "d": 13}, "acbd", "", {"c": 1, "d": 2}, "d"))
-    assert not engine.scheduler.requests["d"].skip_reading_prefix_cache
+    again(engine, "b", adapter=None)
+    again(engine, "d")
+    engine.expect(({"a": 1, "c": 1, "b": 1, "d": 1}, "acbd", "", {"c": 1, "d": 1}, ""))
+    rows = engine.scheduler.rows
+    assert (rows.hits, rows.misses, rows.evictions) == (1, 1, 0)
+
+
+def test_a_row_outlives_its_request(make_engine):
+    engine = make_engine(step_tokens=64)
+    again(engine, "a", max_tokens=1)
+    engine.expect(({"a": 13}, "a", "", {"a": 1}, "a"))
+    again(engine, "b")
+    engine.expect(({"b": 1}, "b", "", {"b": 1}, ""))
+
+
+def test_prefix_cache_does_not_count_without_a_row(make_engine):
+    """One row beside that of the running one: b takes the row that a left, so c reads the prompt again, all of it."""
+    engine = make_engine(step_tokens=64, max_num_seqs=1)
+    again(engine, "a", max_tokens=1)
+    engine.expect(({"a": 13}, "a", "", {"a": 1}, "a"))
+    engine.add("b", 5, "B", max_tokens=1)
+    engine.expect(({"b": 5}, "b", "", {"b": 1}, "b"))
+    again(engine, "c")
+    engine.expect(({"c": 13}, "c", "", {"c": 1}, "c"))
+    assert not engine.scheduler.requests["c"].skip_reading_prefix_cache
+    assert engine.scheduler.rows.evictions == 2
+
+
+def test_spare_rows_keep_vectors_for_longer(make_engine):
+    engine = make_engine(step_tokens=64, max_num_seqs=1, vector_cache=1)
+    again(engine, "a", max_tokens=1)
+    engine.expect(({"a": 13}, "a", "", {"a": 1}, "a"))
+    engine.add("b", 5, "B", max_tokens=1)
+    engine.expect(({"b": 5}, "b", "", {"b": 2}, "b"))
+    again(engine, "c")
+    engine.expect(({"c": 1}, "c", "", {"c": 1}, ""))
+
+
+def test_siblings_in_one_step_read_their_prompt_once(make_engine):
+    """As n > 1 sends them. Their full blocks are the first one's already; only their last token is their own."""
+    engine = make_engine(step_tokens=64)
+    for name in "abc":
+        again(engine, name)
+    engine.expect(
+        ({"a": 13, "b": 1, "c": 1}, "abc", "", {"a": 1, "b": 1, "c": 1}, "a"),
+        ({"a": 1, "b": 1, "c": 1}, "abc", "", {"a": 1, "b": 1, "c": 1}, ""),
+    )
+    engine.abort("a")
+    engine.expect(({"b": 1, "c": 1}, "bc", "", {"b": 1, "c": 1}, ""))
+
+
+def test_a_sibling_of_one_that_waits_waits_too(make_engine):
+    """The step has no room for the prompt: neither may start with a part of it."""
+    engine = make_engine(step_tokens=16)
+    engine.add("z", 8)
+    again(engine, "a")
+    again(engine, "b")
+    engine.expect(
+        ({"z": 8}, "z", "ab", {}, ""),
+        ({"z": 1, "a": 13, "b": 1}, "zab", "", {"a": 1, "b": 1}, "a"),
+    )
+
+
+def test_vectors_without_cached_keys_and_values(make_engine):
+    """Without prefix caching the model reads the prompt again, in chunks and without a generator."""
+    engine = make_engine(step_tokens=16, enable_prefix_caching=False)
+    again(engine, "a")
+    engine.expect(({"a": 13}, "a", "", {"a": 1}, "a"))
+    engine.add("z", 8)
+    again(engine, "b")
+    engine.expect(
+        ({"a": 1, "z": 8, "b": 7}, "azb", "", {"a": 1, "b": 1}, ""),
+        ({"a": 1, "z": 1, "b": 6}, "azb", "", {"a": 1, "b": 1}, ""),
+    )
+
+
+def test_another_adapter_shares_nothing(make_engine):
+    """An adapter that was loaded again with other content is another adapter."""
+    engine = make_engine(step_tokens=64)
+    again(engine, "a")
+    engine.expect(({"a": 13}, "a", "", {"a": 1}, "a"))
+    engine.add("b", 13, "D", tokens=TOKENS, cache_salt="another")
+    engine.expect(({"a": 1, "b": 13}, "ab", "", {"a": 1, "b": 2}, "b"))
+
+
+def test_after_a_reset_nobody_finds_old_vectors(make_engine):
+    """Not even those of a request that still runs with them: they were made of old weights."""
+    engine = make_engine(step_tokens=64)
+    again(engine, "a")
+    engine.expect(({"a": 13}, "a", "", {"a": 1}, "a"))
+    engine.scheduler.reset_prefix_cache()
+    again(engine, "b")
+    engine.expect(({"a": 1, "b": 13}, "ab", "", {"a": 1, "b": 2}, "b"))
 
 
 def test_more_adapters_than_slots_take_turns(make_engine):
@@ -179,7 +277,7 @@ def test_decoding_needs_no_slot(make_engine):
 
 @pytest.mark.parametrize("steps", [0, 1, 3])
 def test_abort_frees_the_row(make_engine, steps):
-    """While it waits, after its prompt, while it decodes. The next request gets the row."""
+    """While it waits, after its prompt, while it decodes. What was written stays, for the same instruction."""
     engine = make_engine()
     engine.add("a", 5, "A")
     for _ in range(steps):
@@ -188,7 +286,7 @@ def test_abort_frees_the_row(make_engine, steps):
     engine.abort("a")
     assert len(engine.scheduler.rows) == 0
     engine.add("b", 5, "A")
-    engine.expect(({"b": 5}, "b", "", {"b": 1}, "b"))
+    engine.expect(({"b": 5}, "b", "", {"b": min(steps, 1) + 1}, "b"))
 
 
 def test_abort_of_a_preempted_request_frees_its_row(make_engine):
@@ -196,7 +294,7 @@ def test_abort_of_a_preempted_request_frees_its_row(make_engine):
     engine.add("a", 7, "A")
     engine.add("b", 7, "B")
     lines = [engine.step() for _ in range(3)]
-    assert lines[-1] == ({"a": 1}, "a", "b", {"a": 1, "b": 2}, "")
+    assert lines[-1] == ({"a": 1}, "a", "b", {"a": 1}, "")
     engine.abort("b")
     engine.expect(({"a": 1}, "a", "", {"a": 1}, ""))
 
@@ -210,7 +308,7 @@ def test_finished_request_frees_its_row(make_engine):
         ({"b": 1}, "b", "", {"b": 2}, ""),
     )
     engine.add("c", 5, "A")
-    engine.expect(({"b": 1, "c": 5}, "bc", "", {"b": 2, "c": 1}, "c"))
+    engine.expect(({"b": 1, "c": 5}, "bc", "", {"b": 2, "c": 3}, "c"))
 
 
 def test_more_requests_than_rows_wait_their_turn(make_engine):

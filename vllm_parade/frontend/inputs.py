@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one choke point of all requests, offline and online: here a ParadeRequest becomes what the engine core reads."""
 
-import itertools
-import os
+import hashlib
 import uuid
+from array import array
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +17,8 @@ if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreRequest
     from vllm.v1.engine.input_processor import InputProcessor
 
-# A random number once, then a count: a random number for every request would cost a system call.
-_START = uuid.uuid4().hex
-_COUNT = itertools.count()
+# Nobody can name it: a client's own cache_salt must not lead to what another computed under an adapter.
+_SECRET = uuid.uuid4().hex
 
 
 def process_inputs(
@@ -40,8 +39,8 @@ def process_inputs(
     params = request.sampling_params
     # A fresh dict: copies of the parameters (n > 1, callers that reuse them) share the old one.
     params.extra_args = {**(params.extra_args or {}), EXTRA_ARGS_KEY: instruction.to_extra_args()}
-    # Keys and values under an adapter depend on the whole instruction: no other request may reuse them.
-    request.cache_salt = f"parade:{adapter}:{_START}:{os.getpid()}:{next(_COUNT)}:{request.cache_salt or ''}"
+    # Keys and values under an adapter depend on the whole instruction: only requests with the same one may reuse them.
+    request.cache_salt = f"parade:{_SECRET}:{adapter}:{instruction.digest}:{request.cache_salt or ''}"
     return request
 
 
@@ -78,4 +77,5 @@ def _instruction(
         )
     if parade_request.freeze_instruction:
         parade_request.instruction_tokens = tokens
-    return Instruction(adapter=adapter, tokens=tokens)
+    digest = hashlib.sha256(array("q", request.prompt_token_ids[:tokens]).tobytes()).hexdigest()
+    return Instruction(adapter=adapter, tokens=tokens, digest=digest)

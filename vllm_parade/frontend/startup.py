@@ -65,7 +65,7 @@ def _enable(vllm_config: "VllmConfig", config: ServingConfig, served_names: str 
     _check_modules(vllm_config, config)
     vllm_config.scheduler_config.scheduler_cls = SCHEDULERS[bool(vllm_config.scheduler_config.async_scheduling)]
     vllm_config.parallel_config.worker_cls = WORKERS[vllm_config.parallel_config.worker_cls]
-    num_rows = vllm_config.scheduler_config.max_num_seqs + 1
+    num_rows = config.num_rows(vllm_config.scheduler_config.max_num_seqs)
     vllm_config.additional_config = {**vllm_config.additional_config, CONFIG_KEY: config.hashed(num_rows)}
     setattr(vllm_config, CONFIG_ATTRIBUTE, config)
 

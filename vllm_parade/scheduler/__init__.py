@@ -4,10 +4,10 @@
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from vllm_parade.scheduler.rows import RowPool
+from vllm_parade.scheduler.rows import RowCache
 from vllm_parade.scheduler.scheduler import ParadeSchedulerMixin
 
-__all__ = ["ParadeAsyncScheduler", "ParadeScheduler", "ParadeSchedulerMixin", "RowPool"]
+__all__ = ["ParadeAsyncScheduler", "ParadeScheduler", "ParadeSchedulerMixin", "RowCache"]
 
 
 class ParadeScheduler(ParadeSchedulerMixin, Scheduler):

@@ -1,49 +1,88 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pool of vector rows. A row holds one request's adjusting vectors, in every layer, on every worker."""
+"""The vector rows. A row holds the adjusting vectors of one instruction under one adapter, in every layer, on every
+worker."""
 
-from collections.abc import Collection
+from collections import OrderedDict
 
-from vllm_parade.request import IDENTITY_ROW
+from vllm_parade.request import IDENTITY_ROW, InstructionKey
 
 
-class RowPool:
-    """Hands rows to requests. Row 0 is the identity: requests of the base model and padding use it.
+class RowCache:
+    """Which row holds which instruction's vectors, and which requests use it.
 
-    A request keeps its row until it is freed, also while it is preempted, so that it need not generate again. When no
-    row is left, a preempted request loses its row and generates again when it resumes.
+    Running requests hold their row. One that nobody holds stays, for the next request with the same instruction, until
+    it is the least recently used one when a row is needed. Row 0 is the identity: requests of the base model and
+    padding use it.
     """
 
     def __init__(self, num_rows: int) -> None:
-        """`num_rows` counts row 0."""
+        """`num_rows` counts row 0. There must be one more than requests can run."""
         self._free = list(range(num_rows - 1, IDENTITY_ROW, -1))
-        self._rows: dict[str, int] = {}
+        self._rows: dict[InstructionKey, int] = {}
+        self._idle: OrderedDict[InstructionKey, int] = OrderedDict()
+        self._held: dict[str, tuple[InstructionKey, int]] = {}
+        self._holders: dict[int, int] = {}
+        self.hits = 0
+        self.misses = 0
+        self.evictions = 0
 
-    def __contains__(self, request_id: str) -> bool:
-        return request_id in self._rows
+    def __contains__(self, key: InstructionKey) -> bool:
+        """Whether some row holds these vectors, or will when the steps that are planned have run."""
+        return key in self._rows
 
     def __len__(self) -> int:
-        """Rows in use."""
-        return len(self._rows)
+        """Rows that requests hold."""
+        return len(self._holders)
+
+    def holds(self, request_id: str) -> bool:
+        """Whether a request holds a row."""
+        return request_id in self._held
 
     def row(self, request_id: str) -> int:
-        """The row of a request that has one."""
-        return self._rows[request_id]
+        """The row that a request holds."""
+        return self._held[request_id][1]
 
-    def allocate(self, request_id: str, running: Collection[str]) -> int:
-        """Give a request a row, taking the oldest one of a request that isn't running if none is free."""
-        assert request_id not in self._rows, f"request {request_id} has a row already"
-        if not self._free:
-            self.free(next(holder for holder in self._rows if holder not in running))
-        self._rows[request_id] = self._free.pop()
-        return self._rows[request_id]
+    def acquire(self, request_id: str, key: InstructionKey) -> int:
+        """Let a request hold the row of an instruction that has one."""
+        self.hits += 1
+        return self._hold(request_id, key, self._rows[key])
 
-    def free(self, request_id: str) -> None:
-        """Take a request's row back; a request without one is left alone."""
-        row = self._rows.pop(request_id, None)
-        if row is not None:
+    def allocate(self, request_id: str, key: InstructionKey) -> int:
+        """Let a request hold a row that is to be written, taking the least recently used idle one if none is free."""
+        assert key not in self._rows, f"instruction {key} has a row already"
+        self.misses += 1
+        if self._free:
+            row = self._free.pop()
+        else:
+            evicted, row = self._idle.popitem(last=False)
+            del self._rows[evicted]
+            self.evictions += 1
+        self._rows[key] = row
+        return self._hold(request_id, key, row)
+
+    def _hold(self, request_id: str, key: InstructionKey, row: int) -> int:
+        assert request_id not in self._held, f"request {request_id} has a row already"
+        self._idle.pop(key, None)
+        self._held[request_id] = key, row
+        self._holders[row] = self._holders.get(row, 0) + 1
+        return row
+
+    def release(self, request_id: str) -> None:
+        """Take a request's hold away: it ended, or is preempted. A request without one is left alone."""
+        if request_id not in self._held:
+            return
+        key, row = self._held.pop(request_id)
+        self._holders[row] -= 1
+        if self._holders[row]:
+            return
+        del self._holders[row]
+        if self._rows.get(key) == row:
+            self._idle[key] = row
+        else:
             self._free.append(row)
 
-    def clear(self) -> None:
-        """Take all rows back."""
-        for request_id in list(self._rows):
-            self.free(request_id)
+    def forget(self) -> None:
+        """Let nobody find any row again, as when weights have changed. Those that hold one keep it to their end."""
+        self._free += self._idle.values()
+        self._idle.clear()
+        self._rows.clear()

@@ -2,16 +2,19 @@
 """What PARADE adds to vLLM's scheduler.
 
 A request's vectors are read off its whole instruction, layer by layer, while the instruction passes through the model.
-So a request without a row is scheduled with its whole instruction in one step or not at all, and no cached keys and
-values count for it. A request with a row is scheduled like any other: in chunks, or from the prefix cache. Requests of
-the base model are vLLM's own business.
+So where no row holds them yet a request is scheduled with its whole instruction in one step or not at all, and no
+cached keys and values count for it. Where one does, since another request had the same instruction, or this one before
+it was preempted, the request is scheduled like any other: in chunks, or from the prefix cache. Requests of the base
+model are vLLM's own business.
 """
 
 from typing import TYPE_CHECKING, Any
 
+from vllm.v1.request import RequestStatus
+
 from vllm_parade.config import ServingConfig
-from vllm_parade.request import PLAN_ATTRIBUTE, Instruction, StepPlan
-from vllm_parade.scheduler.rows import RowPool
+from vllm_parade.request import PLAN_ATTRIBUTE, Instruction, InstructionKey, StepPlan
+from vllm_parade.scheduler.rows import RowCache
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -32,18 +35,31 @@ class ParadeSchedulerMixin(Base):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         config = ServingConfig.from_vllm_config(self.vllm_config)
-        # As many rows as requests can run, so that every running request can have one, and the identity.
-        self.rows = RowPool(self.scheduler_config.max_num_seqs + 1)
+        self.rows = RowCache(config.num_rows(self.scheduler_config.max_num_seqs))
         self.max_adapters_per_step = config.max_parades
         self.step_adapters: set[str] = set()
+        # Requests that may be the ones to read an instruction in this step; only those that run by then do.
+        self.step_readers: dict[InstructionKey, Request] = {}
 
     def schedule(self, *args: Any, **kwargs: Any) -> "SchedulerOutput":
         """Plan a step; the adapters that read instructions in it must fit on the device together."""
         self.step_adapters.clear()
+        self.step_readers.clear()
         return super().schedule(*args, **kwargs)
 
+    def _unread(self, request: "Request") -> Instruction | None:
+        """The instruction that a request must read itself; None if a row holds its vectors, or needs to hold none."""
+        if self.rows.holds(request.request_id):
+            return None
+        instruction = instruction_of(request)
+        if instruction is None or instruction.key in self.rows:
+            return None
+        reader = self.step_readers.get(instruction.key)
+        # A reader that runs was scheduled in this very step; its row is written before anybody's token is scaled.
+        return None if reader is not None and reader.status == RequestStatus.RUNNING else instruction
+
     def _get_local_prefix_cache_hit(self, request: "Request", *args: Any, **kwargs: Any) -> Any:
-        if instruction_of(request) is None or request.request_id in self.rows:
+        if self._unread(request) is None:
             return super()._get_local_prefix_cache_hit(request, *args, **kwargs)
         # Cached keys and values would skip tokens that the generators must read.
         skip, request.skip_reading_prefix_cache = request.skip_reading_prefix_cache, True
@@ -53,46 +69,53 @@ class ParadeSchedulerMixin(Base):
             request.skip_reading_prefix_cache = skip
 
     def _reserve_prefill_lookahead(self, request: "Request", num_computed_tokens: int, num_new_tokens: int) -> int:
-        instruction = None if request.request_id in self.rows else instruction_of(request)
+        instruction = self._unread(request)
         if instruction is not None:
             if num_computed_tokens > 0 or num_new_tokens < instruction.tokens or not self._can_generate(instruction):
                 return 0
             self.step_adapters.add(instruction.adapter)
+            self.step_readers[instruction.key] = request
         return super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
 
     def _can_generate(self, instruction: Instruction) -> bool:
         return instruction.adapter in self.step_adapters or len(self.step_adapters) < self.max_adapters_per_step
 
-    def _running_ids(self) -> set[str]:
-        return {request.request_id for request in self.running}
-
     def _update_after_schedule(self, scheduler_output: "SchedulerOutput") -> None:
-        setattr(scheduler_output, PLAN_ATTRIBUTE, self._plan(scheduler_output))
+        setattr(scheduler_output, PLAN_ATTRIBUTE, self._plan(scheduler_output.num_scheduled_tokens))
         super()._update_after_schedule(scheduler_output)
 
-    def _plan(self, scheduler_output: "SchedulerOutput") -> StepPlan:
-        rows: dict[str, int] = {}
-        instructions: dict[str, Instruction] = {}
-        for request_id in scheduler_output.num_scheduled_tokens:
-            # Most requests of a step have their row already: their instruction need not be looked at.
-            if request_id not in self.rows:
-                instruction = instruction_of(self.requests[request_id])
-                if instruction is None:
-                    continue
-                self.rows.allocate(request_id, self._running_ids())
-                instructions[request_id] = instruction
-            rows[request_id] = self.rows.row(request_id)
+    def _plan(self, scheduled: dict[str, int]) -> StepPlan:
+        # Most requests of a step hold their row already: their instruction need not be looked at.
+        new = {name: instruction_of(self.requests[name]) for name in scheduled if not self.rows.holds(name)}
+        unread = {}
+        # First those that find a row, so that making room for the others takes none of these.
+        for name, instruction in new.items():
+            if instruction is not None and instruction.key in self.rows:
+                self.rows.acquire(name, instruction.key)
+            elif instruction is not None:
+                unread[name] = instruction
+        instructions = {}
+        for name, instruction in unread.items():
+            if instruction.key in self.rows:
+                self.rows.acquire(name, instruction.key)
+                continue
+            if self.requests[name].num_computed_tokens > 0 or scheduled[name] < instruction.tokens:
+                raise RuntimeError(f"request {name} was scheduled with a part of its instruction")
+            self.rows.allocate(name, instruction.key)
+            instructions[name] = instruction
+        rows = {name: self.rows.row(name) for name in scheduled if self.rows.holds(name)}
         return StepPlan(rows=rows, instructions=instructions)
 
+    def _preempt_request(self, request: "Request", *args: Any, **kwargs: Any) -> Any:
+        self.rows.release(request.request_id)
+        return super()._preempt_request(request, *args, **kwargs)
+
     def _free_request(self, request: "Request", *args: Any, **kwargs: Any) -> Any:
-        self.rows.free(request.request_id)
+        self.rows.release(request.request_id)
         return super()._free_request(request, *args, **kwargs)
 
     def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
-        """Drop cached keys and values, and the vectors of requests that must be computed anew with them."""
+        """Drop cached keys and values, and cached vectors, which were made of the same weights."""
         done = super().reset_prefix_cache(*args, **kwargs)
-        running = self._running_ids()
-        for request in list(self.requests.values()):
-            if request.request_id not in running:
-                self.rows.free(request.request_id)
+        self.rows.forget()
         return done

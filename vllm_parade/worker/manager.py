@@ -33,7 +33,7 @@ class ParadeManager:
         layers = adjust_model(
             model,
             sites=self.config.sites,
-            num_rows=scheduler.max_num_seqs + 1,
+            num_rows=self.config.num_rows(scheduler.max_num_seqs),
             batch=self.batch,
             forward_context=vllm_config.compilation_config.static_forward_context,
             device=device,

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What was computed for a prompt under an adapter serves the next request for the same, and nobody else."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from vllm import SamplingParams
+from vllm.sampling_params import BeamSearchParams
+
+from tests.engines import engine, greedy, prompts, scheduler
+from tests.oracle import Oracle
+from vllm_parade import ParadeRequest
+
+pytestmark = pytest.mark.engine
+
+BLOCK = 32
+
+
+@pytest.fixture(scope="module")
+def llm(smollm: str) -> Iterator[Any]:
+    # One running request and one spare row.
+    with engine(smollm, enable_parade=True, max_num_seqs=2, parade_vector_cache=1, block_size=BLOCK) as llm:
+        yield llm
+
+
+@pytest.fixture
+def scheduled(llm: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Tokens of every step from here on, for an engine that starts with nothing cached."""
+    assert llm.reset_prefix_cache()
+    mine, steps = scheduler(llm), []
+    original = mine.schedule
+
+    def schedule(*args: Any, **kwargs: Any) -> Any:
+        output = original(*args, **kwargs)
+        steps.append(output.total_num_scheduled_tokens)
+        return output
+
+    monkeypatch.setattr(mine, "schedule", schedule)
+    return steps
+
+
+def counts(llm: Any) -> tuple[int, int, int]:
+    rows = scheduler(llm).rows
+    return rows.hits, rows.misses, rows.evictions
+
+
+def since(llm: Any, before: tuple[int, int, int]) -> tuple[int, ...]:
+    """Hits, misses and evictions since then."""
+    return tuple(now - then for now, then in zip(counts(llm), before, strict=True))
+
+
+def test_a_second_identical_request_reads_almost_nothing(
+    llm: Any, oracle: Oracle, variants: dict[str, ParadeRequest], scheduled: list[int]
+) -> None:
+    question, before = prompts([512], seed=20), counts(llm)
+    for _ in range(2):
+        outputs = llm.generate(question, greedy(), parade_request=variants["strong"], use_tqdm=False)
+        oracle.check(outputs, [variants["strong"]])
+    assert outputs[0].num_cached_tokens >= 0.9 * 512
+    assert since(llm, before) == (1, 1, 0)
+
+
+def test_a_second_turn_with_the_same_instruction(
+    llm: Any, oracle: Oracle, variants: dict[str, ParadeRequest], scheduled: list[int]
+) -> None:
+    """A system prompt as instruction: conversations that begin with it share its vectors, keys and values."""
+    strong = variants["strong"]
+    request = ParadeRequest("system", strong.path, instruction_tokens=128)
+    whole, before = prompts([200], seed=21)[0]["prompt_token_ids"], counts(llm)
+    other = [*whole[:128], *prompts([60], seed=22)[0]["prompt_token_ids"]]
+    asked = [{"prompt_token_ids": tokens} for tokens in (whole[:150], whole, other)]
+    outputs = [llm.generate([one], greedy(), parade_request=request, use_tqdm=False)[0] for one in asked]
+    oracle.check(outputs, [request] * 3)
+    assert [output.num_cached_tokens >= 128 for output in outputs] == [False, True, True]
+    assert since(llm, before) == (2, 1, 0)
+
+
+def test_an_evicted_row_is_read_again_whole(
+    llm: Any, oracle: Oracle, variants: dict[str, ParadeRequest], scheduled: list[int]
+) -> None:
+    """Its keys and values are still cached, but without the row they count for nothing."""
+    a, b = variants["strong"], variants["strong2"]
+    questions, before = prompts([100, 40, 41, 42], seed=23), counts(llm)
+    for question, request in zip([*questions, questions[0]], [a, b, b, b, a], strict=True):
+        outputs = llm.generate([question], greedy(), parade_request=request, use_tqdm=False)
+        oracle.check(outputs, [request])
+    assert outputs[0].num_cached_tokens == 0
+    hits, misses, evictions = since(llm, before)
+    assert (hits, misses) == (0, 5)
+    assert evictions >= 2
+
+
+def test_answers_to_one_prompt_cost_one_prefill(
+    llm: Any, variants: dict[str, ParadeRequest], scheduled: list[int]
+) -> None:
+    """n = 8, two at a time."""
+    before = counts(llm)
+    params = SamplingParams(n=8, temperature=1.5, seed=3, max_tokens=4, ignore_eos=True)
+    (output,) = llm.generate(prompts([512], seed=24), params, parade_request=variants["strong"], use_tqdm=False)
+    assert len({tuple(completion.token_ids) for completion in output.outputs}) > 1
+    assert since(llm, before) == (7, 1, 0)
+    # The prompt once; of the others' at most what follows its last full block, and every answer.
+    assert sum(scheduled) <= 512 + 7 * BLOCK + 8 * 4
+
+
+def test_beam_search_generates_vectors_once(llm: Any, variants: dict[str, ParadeRequest], scheduled: list[int]) -> None:
+    before = counts(llm)
+    llm.beam_search(
+        prompts([300], seed=25),
+        BeamSearchParams(beam_width=3, max_tokens=6, ignore_eos=True),
+        parade_request=variants["strong"],
+    )
+    hits, misses, evictions = since(llm, before)
+    assert (misses, evictions) == (1, 0)
+    assert hits >= 5
+    assert sum(scheduled) <= 300 + 3 * 6 * (BLOCK + 6)
