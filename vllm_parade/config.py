@@ -86,13 +86,15 @@ class ServingConfig:
     def __post_init__(self) -> None:
         modules = tuple(ParadeModule.parse(module) for module in self.parade_modules)
         object.__setattr__(self, "parade_modules", modules)
-        for flag in ("max_parades", "max_cpu_parades", "max_parade_rank"):
+        for flag, least, expected in (
+            ("max_parades", 1, "a positive whole number"),
+            ("max_cpu_parades", 1, "a positive whole number"),
+            ("max_parade_rank", 1, "a positive whole number"),
+            ("parade_vector_cache", 0, "a whole number, 0 or more"),
+        ):
             value = getattr(self, flag)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ParadeConfigError(f"{flag_name(flag)} is {value!r}; expected a positive whole number")
-        cache = self.parade_vector_cache
-        if isinstance(cache, bool) or not isinstance(cache, int) or cache < 0:
-            raise ParadeConfigError(f"--parade-vector-cache is {cache!r}; expected a whole number, 0 or more")
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise ParadeConfigError(f"{flag_name(flag)} is {value!r}; expected {expected}")
         self._check_sites()
         self._check_combinations()
 

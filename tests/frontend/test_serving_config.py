@@ -58,6 +58,11 @@ def test_one_module_needs_no_list(values):
     assert config.parade_modules == (ParadeModule("a", "/x/a"),)
 
 
+@pytest.mark.parametrize(("cache", "rows"), [(64, 1 + 7 + 64), (0, 8)])
+def test_every_running_request_has_a_row(cache, rows):
+    assert ServingConfig(parade_vector_cache=cache).num_rows(7) == rows
+
+
 def test_one_site_needs_no_list():
     assert ServingConfig.from_dict({"enable_parade": True, "parade_sites": "up"}).sites == ("up",)
 
@@ -68,6 +73,8 @@ def test_one_site_needs_no_list():
         ({"max_parades": 0}, "--max-parades is 0; expected a positive whole number"),
         ({"max_parades": "3"}, "--max-parades is '3'; expected a positive whole number"),
         ({"max_parade_rank": 1.5}, "--max-parade-rank is 1.5; expected a positive whole number"),
+        ({"parade_vector_cache": -1}, "--parade-vector-cache is -1; expected a whole number, 0 or more"),
+        ({"parade_vector_cache": "8"}, "--parade-vector-cache is '8'; expected a whole number, 0 or more"),
         ({"max_cpu_parades": True}, "--max-cpu-parades is True; expected a positive whole number"),
         ({"parade_sites": ("q", "o")}, "--parade-sites is ['q', 'o']; expected some of q, k, v, gate, up"),
         ({"parade_modules": ["a=/x", "a=/y"]}, "--parade-modules names 'a' twice; give every adapter its own name"),
