@@ -5,12 +5,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 from vllm import SamplingParams
 from vllm.sampling_params import BeamSearchParams
 
 from tests.engines import engine, greedy, prompts, scheduler
-from tests.oracle import Oracle
+from tests.oracle import TOLERANCE, Oracle
 from vllm_parade import ParadeRequest
+from vllm_parade.tuner import ParadeModel
 
 pytestmark = pytest.mark.engine
 
@@ -104,14 +106,42 @@ def test_answers_to_one_prompt_cost_one_prefill(
     assert sum(scheduled) <= 512 + 7 * BLOCK + 8 * 4
 
 
-def test_beam_search_generates_vectors_once(llm: Any, variants: dict[str, ParadeRequest], scheduled: list[int]) -> None:
-    before = counts(llm)
-    llm.beam_search(
-        prompts([300], seed=25),
-        BeamSearchParams(beam_width=3, max_tokens=6, ignore_eos=True),
-        parade_request=variants["strong"],
+def test_beam_search_equals_the_reference(
+    smollm: str, oracle: Oracle, variants: dict[str, ParadeRequest], trained: dict[str, ParadeRequest]
+) -> None:
+    """Ten prompts together, the same beams with the same scores; each instruction is read by a generator once."""
+    lengths = [5, 17, 33, 64, 65, 100, 150, 200, 257, 300]
+    requests = [variants["strong"], trained["sst2"]] * 5
+    asked = prompts(lengths, seed=25)
+    with engine(smollm, enable_parade=True, block_size=BLOCK) as llm:
+        params = BeamSearchParams(beam_width=3, max_tokens=6, ignore_eos=True)
+        answers = llm.beam_search(asked, params, parade_request=requests)
+        hits, misses, evictions = counts(llm)
+    assert (misses, evictions) == (10, 0)
+    # Five more steps of three beams each.
+    assert hits == 10 * 5 * 3
+    for request in (variants["strong"], trained["sst2"]):
+        model = ParadeModel.from_pretrained(oracle.base, request.path)
+        try:
+            for question, answer, other in zip(asked, answers, requests, strict=True):
+                if other is request:
+                    compare_beams(model, question["prompt_token_ids"], answer.sequences)
+        finally:
+            model.unload()
+
+
+def compare_beams(model: Any, prompt: list[int], beams: list[Any]) -> None:
+    wanted = model.generate(
+        torch.tensor([prompt]),
+        num_beams=3,
+        num_return_sequences=3,
+        do_sample=False,
+        max_new_tokens=6,
+        min_new_tokens=6,
+        output_scores=True,
+        return_dict_in_generate=True,
     )
-    hits, misses, evictions = since(llm, before)
-    assert (misses, evictions) == (1, 0)
-    assert hits >= 5
-    assert sum(scheduled) <= 300 + 3 * 6 * (BLOCK + 6)
+    assert [beam.tokens[len(prompt) :] for beam in beams] == wanted.sequences[:, len(prompt) :].tolist()
+    # Both are means over the answer's tokens, the reference's by its length penalty of one.
+    for beam, score in zip(beams, wanted.sequences_scores.tolist(), strict=True):
+        assert abs(beam.cum_logprob / 6 - score) <= TOLERANCE
