@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tests.adapters import INNER, VARIANTS, make_adapter
-from tests.engines import engine, greedy, prompts
+from tests.engines import engine, greedy, prompts, scheduler
 from tests.oracle import Oracle
 from vllm_parade import ParadeRequest
 from vllm_parade.adapter import SITES, BaseModelShape
@@ -51,6 +51,23 @@ def test_every_kind_of_adapter_in_one_batch(
             prompts(lengths, vocab=512), greedy(6, detokenize=False), parade_request=requests, use_tqdm=False
         )
     Oracle(tiny).check(outputs, requests)
+
+
+@pytest.mark.parametrize("tiny", [2], ids=["kv2"], indirect=True)
+def test_equal_requests_share_rows_and_blocks(tiny: str, adapters: list[ParadeRequest]) -> None:
+    """Within one step and afterwards, beside other adapters with the same prompt."""
+    a, b = adapters[0], adapters[3]
+    requests = [a, b, a, None, a, b]
+    with engine(tiny, **OPTIONS, block_size=32) as llm:
+        for round_number in range(2):
+            outputs = llm.generate(
+                prompts([70], vocab=512) * 6, greedy(6, detokenize=False), parade_request=requests, use_tqdm=False
+            )
+            Oracle(tiny).check(outputs, requests)
+            if round_number == 1:
+                assert [output.num_cached_tokens for output in outputs] == [64] * 6
+        rows = scheduler(llm).rows
+        assert (rows.hits, rows.misses) == (8, 2)
 
 
 @pytest.mark.parametrize("tiny", [2], ids=["kv2"], indirect=True)
