@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from vllm_parade.adapter import AdapterConfig, BaseModelShape, initial_generator, save_adapter
+from vllm_parade.adapter import AdapterConfig, BaseModelShape, adapted_layers, initial_generator, save_adapter
 from vllm_parade.adapter.folder import CONFIG_FILE, WEIGHTS_FILE
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -84,8 +84,8 @@ def _make_tokenizer(folder: Path, vocab_size: int) -> None:
     ).save_pretrained(folder)
 
 
-def make_random_llama(folder: Path) -> BaseModelShape:
-    """Save a random LLaMA in float32 with grouped-query attention, small enough to compare with a reference."""
+def make_random_llama(folder: Path, kv_heads: int = 2) -> BaseModelShape:
+    """Save a random LLaMA in float32 of four heads, small enough to compare with a reference."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -95,7 +95,7 @@ def make_random_llama(folder: Path) -> BaseModelShape:
         intermediate_size=192,
         num_hidden_layers=3,
         num_attention_heads=4,
-        num_key_value_heads=2,
+        num_key_value_heads=kv_heads,
         head_dim=32,
         max_position_embeddings=1024,
         # Random weights of the usual size give almost equal log-probabilities, which compare badly.
@@ -108,16 +108,23 @@ def make_random_llama(folder: Path) -> BaseModelShape:
 
 
 def make_random_parade(
-    folder: Path, shape: BaseModelShape, seed: int, dtype: torch.dtype, up: float, inner: float | None = None
+    folder: Path,
+    shape: BaseModelShape,
+    seed: int,
+    dtype: torch.dtype,
+    up: float,
+    inner: float | None = None,
+    **settings: Any,
 ) -> str:
     """Save an adapter whose up projections are random with standard deviation `up`; returns its folder.
 
     Args:
         inner: standard deviation of down projections and poolers; by default they are as training starts
+        settings: of the adapter's config
     """
-    config, random = AdapterConfig(), torch.Generator().manual_seed(seed)
+    config, random = AdapterConfig(**settings), torch.Generator().manual_seed(seed)
     generators = {}
-    for layer in range(shape.num_layers):
+    for layer in adapted_layers(config, shape):
         weights = initial_generator(config, shape, random)
         weights.up.normal_(0, up, generator=random)
         for tensor in (weights.down, weights.query, weights.weight):

@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.models import make_random_parade
 from vllm_parade import ParadeRequest
-from vllm_parade.adapter import AdapterConfig, BaseModelShape, GeneratorWeights, initial_generator, save_adapter
+from vllm_parade.adapter import BaseModelShape
 
 # Strong enough that a wrong row, token or layer shows in every answer: `Oracle.check` sees to it.
 STRONG = 0.25
@@ -44,16 +45,5 @@ def make_adapter(
 ) -> ParadeRequest:
     """Save an adapter whose up projections are random with standard deviation `strength`, what comes before them with
     `inner`, or as training begins."""
-    settings = AdapterConfig(**config)
-    random = torch.Generator().manual_seed(seed)
-    layers = settings.layers_to_transform or range(shape.num_layers)
-    generators: dict[int, GeneratorWeights] = {}
-    for layer in layers:
-        weights = initial_generator(settings, shape, random)
-        weights.up.normal_(0, strength, generator=random)
-        for tensor in (weights.down, weights.query, weights.weight):
-            if inner is not None and tensor is not None:
-                tensor.normal_(0, inner, generator=random)
-        generators[layer] = weights.to("cpu", dtype)
-    save_adapter(folder, settings, generators)
+    make_random_parade(folder, shape, seed, dtype, strength, inner, **config)
     return ParadeRequest(folder.name, str(folder))

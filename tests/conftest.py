@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from base_model import base_model
+from benchmarks.models import make_random_llama
 from tests.adapters import VARIANTS, make_adapter
 from tests.oracle import Oracle
 from vllm_parade import ParadeRequest
@@ -80,29 +81,9 @@ def variants(tmp_path_factory: pytest.TempPathFactory, smollm_shape: BaseModelSh
     }
 
 
-def _tiny_llama(folder: Path, kv_heads: int) -> str:
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=128,
-        intermediate_size=192,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=kv_heads,
-        head_dim=32,
-        max_position_embeddings=1024,
-        initializer_range=0.15,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture(scope="session", params=[2, 1], ids=["kv2", "kv1"])
 def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of a random LLaMA of three layers whose heads can be split over two ranks; without a tokenizer."""
-    return _tiny_llama(tmp_path_factory.mktemp("tiny") / f"kv{request.param}", request.param)
+    folder = tmp_path_factory.mktemp("tiny") / f"kv{request.param}"
+    make_random_llama(folder, request.param)
+    return str(folder)

@@ -82,3 +82,17 @@ class Oracle:
             assert difference <= bound, f"{where}: log-probabilities differ by {difference}, bound {bound}"
         else:
             assert difference <= TOLERANCE, f"{where}: log-probabilities differ by {difference}"
+
+
+def beams(model: Any, prompt: list[int], tokens: int) -> Any:
+    """The reference's three best answers of exactly so many tokens, `sequences` with their `sequences_scores`."""
+    return model.generate(
+        torch.tensor([prompt]),
+        num_beams=3,
+        num_return_sequences=3,
+        do_sample=False,
+        max_new_tokens=tokens,
+        min_new_tokens=tokens,
+        output_scores=True,
+        return_dict_in_generate=True,
+    )

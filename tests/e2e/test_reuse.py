@@ -5,12 +5,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
 from vllm import SamplingParams
 from vllm.sampling_params import BeamSearchParams
 
 from tests.engines import engine, greedy, prompts, scheduler
-from tests.oracle import TOLERANCE, Oracle
+from tests.oracle import TOLERANCE, Oracle, beams
 from vllm_parade import ParadeRequest
 from vllm_parade.tuner import ParadeModel
 
@@ -130,18 +129,9 @@ def test_beam_search_equals_the_reference(
             model.unload()
 
 
-def compare_beams(model: Any, prompt: list[int], beams: list[Any]) -> None:
-    wanted = model.generate(
-        torch.tensor([prompt]),
-        num_beams=3,
-        num_return_sequences=3,
-        do_sample=False,
-        max_new_tokens=6,
-        min_new_tokens=6,
-        output_scores=True,
-        return_dict_in_generate=True,
-    )
-    assert [beam.tokens[len(prompt) :] for beam in beams] == wanted.sequences[:, len(prompt) :].tolist()
+def compare_beams(model: Any, prompt: list[int], served: list[Any]) -> None:
+    wanted = beams(model, prompt, 6)
+    assert [beam.tokens[len(prompt) :] for beam in served] == wanted.sequences[:, len(prompt) :].tolist()
     # Both are means over the answer's tokens, the reference's by its length penalty of one.
-    for beam, score in zip(beams, wanted.sequences_scores.tolist(), strict=True):
+    for beam, score in zip(served, wanted.sequences_scores.tolist(), strict=True):
         assert abs(beam.cum_logprob / 6 - score) <= TOLERANCE

@@ -16,7 +16,7 @@ import torch
 
 from tests import servers
 from tests.engines import prompts
-from tests.oracle import TOLERANCE, Oracle
+from tests.oracle import TOLERANCE, Oracle, beams
 from vllm_parade import ParadeRequest
 from vllm_parade.train.templates import e2e_prompt, sst2_prompt
 from vllm_parade.tuner import ParadeModel
@@ -149,20 +149,13 @@ def test_several_answers_to_one_prompt(url: str, oracle: Oracle, trained: dict[s
 
 def test_beam_search_keeps_its_instruction(url: str, oracle: Oracle, adapters: dict[str, ParadeRequest]) -> None:
     prompt = prompts([20], seed=22)[0]["prompt_token_ids"]
-    beams: dict[str, Any] = {"n": 3, "logprobs": None}
+    options: dict[str, Any] = {"n": 3, "logprobs": None}
     body = {"return_token_ids": True, "ignore_eos": True, "use_beam_search": True}
-    asked = {**question("last", prompt, max_tokens=6), **beams, "extra_body": body}
+    asked = {**question("last", prompt, max_tokens=6), **options, "extra_body": body}
     (answer,) = ask_together(url, asked)
     model = ParadeModel.from_pretrained(oracle.base, adapters["last"].path)
     try:
-        wanted = model.generate(
-            torch.tensor([prompt]),
-            num_beams=3,
-            num_return_sequences=3,
-            do_sample=False,
-            max_new_tokens=6,
-            min_new_tokens=6,
-        )
+        wanted = beams(model, prompt, 6).sequences
     finally:
         model.unload()
     served = [choice.token_ids[-6:] for choice in answer.choices]

@@ -51,7 +51,6 @@ class Simulation:
         # What each running request was found to be scaled by when it started or resumed.
         self.vectors = {}
         self.names = deque(f"r{number}" for number in range(1000))
-        self.steps = 0
 
     def add(self, adapter, length, instruction, max_tokens):
         tokens = TOKENS[:length]
@@ -68,14 +67,14 @@ class Simulation:
     def reset(self, running):
         if self.scheduler.reset_prefix_cache(reset_running_requests=running):
             self.resets += 1
-            self.cache = {place: entry for place, entry in self.cache.items() if not running}
 
     def step(self):
         held = {name for name in self.vectors if self.scheduler.rows.holds(name)}
         self.vectors = {name: vectors for name, vectors in self.vectors.items() if name in held}
         output = self.scheduler.schedule()
         plan = getattr(output, PLAN_ATTRIBUTE)
-        assert {instruction.adapter for instruction in plan.instructions.values()} <= {"A", "B", "C"}
+        adapters = {instruction.adapter for instruction in plan.instructions.values()}
+        assert len(adapters) <= self.scheduler.max_adapters_per_step
         for name, instruction in plan.instructions.items():
             self.table[plan.rows[name]] = (instruction.key, self.resets)
         for name, count in output.num_scheduled_tokens.items():
@@ -83,7 +82,6 @@ class Simulation:
         self.engine.in_flight.append((output, self.engine._answer(output)))
         if len(self.engine.in_flight) > self.engine.pipeline:
             self.scheduler.update_from_output(*self.engine.in_flight.popleft())
-        self.steps += bool(output.num_scheduled_tokens)
 
     def _run(self, request, count, plan):
         name, end = request.request_id, request.num_computed_tokens

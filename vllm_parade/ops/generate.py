@@ -58,7 +58,8 @@ def _launch(
 ) -> None:
     """Launch a kernel, past Triton's own look-up, which costs more than the kernels themselves.
 
-    Whatever a kernel is specialised on must be a constant: integers are not specialised, addresses always alignable.
+    Whatever a kernel is specialised on must be a constant: integers are not specialised, and every address is a
+    multiple of 16.
     """
     if isinstance(kernel, InterpretedFunction):
         kernel[grid](*args, **constants)
