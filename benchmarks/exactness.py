@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import MARK, prepare_environment, results_of
+from benchmarks.measure import END, MARK, prepare_environment, results_of
 from benchmarks.models import make_random_llama, make_random_parade
 from benchmarks.report import save, tables
 
@@ -225,3 +225,4 @@ def main(args: argparse.Namespace) -> None:
     found = failures(records)
     if found:
         raise SystemExit("benchmarks: not exact\n" + "\n".join(found))
+    print(END, flush=True)

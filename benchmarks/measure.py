@@ -6,15 +6,18 @@ Started by `python -m benchmarks run`, a process for every variant, so that none
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 from benchmarks.engine import Settings, Variant, used_mib
 from benchmarks.workloads import WORKLOADS, Measured, Record, touch
 
 MARK = "RESULT "
+END = "RESULTS END"
 
 
 def records(settings: Settings) -> Iterator[Record]:
@@ -38,18 +41,27 @@ def records(settings: Settings) -> Iterator[Record]:
 def results_of(command: list[str]) -> list[dict[str, Any]]:
     """Result lines of a command, all of whose output is passed on.
 
+    How long an engine takes to shut down is not measured, nor waited for: its processes are killed.
+
     Raises:
         SystemExit: the command failed.
     """
-    results = []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    results, ended = [], False
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
         assert process.stdout is not None
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            if line.startswith(MARK):
-                results.append(json.loads(line.removeprefix(MARK)))
-    if process.returncode != 0:
-        raise SystemExit(f"benchmarks: {' '.join(command[:4])} ended with {process.returncode}; its output is above")
+        try:
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                if line.startswith(MARK):
+                    results.append(json.loads(line.removeprefix(MARK)))
+                if line.strip() == END:
+                    ended = True
+                    break
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    if not ended:
+        raise SystemExit(f"benchmarks: {' '.join(command[:4])} ended early; its output is above")
     return results
 
 
@@ -70,3 +82,4 @@ if __name__ == "__main__":
     prepare_environment()
     for result in records(Settings.from_json(sys.argv[1])):
         print(MARK + json.dumps(result), flush=True)
+    print(END, flush=True)

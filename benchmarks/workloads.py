@@ -2,7 +2,7 @@
 """What is measured: each workload is a function from an engine to result records.
 
 Time to first token of a point (a batch of prompts of one length) is the time in which the batch has one token each; its
-decode step is what every further token takes. Medians stand beside all samples.
+decode step is what every further token takes, once all requests decode. Medians stand beside all samples.
 """
 
 import random
@@ -19,6 +19,8 @@ ZIPF_EXPONENT = 1.0
 # Adapters of the workloads other than tenants: one for every row of the largest batch.
 MANY = 256
 BEAM_WIDTH = 3
+# Tokens after which all requests of a batch decode.
+SETTLED = 9
 
 
 @dataclass(frozen=True)
@@ -99,17 +101,18 @@ def decode(measured: Measured) -> Iterator[Record]:
     for batch in measured.points.decode_batches:
         # One request's steps are short: more of them, so that the prefill before them matters less.
         tokens = measured.points.decode_tokens * (4 if batch == 1 else 1)
-        first = measured.first_tokens(batch, length)
-        whole = measured.samples(batch, length, 1 + tokens, measured.variant.settings.repeats)
-        for name, samples in whole.items():
-            start = statistics.median(first[name])
+        # What both have in common, reading the prompts step by step while the first of them decode, cancels out.
+        short = measured.samples(batch, length, SETTLED, measured.variant.settings.repeats)
+        long = measured.samples(batch, length, SETTLED + tokens, measured.variant.settings.repeats)
+        for name, samples in long.items():
+            start = statistics.median(short[name])
             yield {
                 "workload": "decode",
                 "variant": name,
                 "batch": batch,
                 "length": length,
                 **spread([(sample - start) / tokens for sample in samples], "step"),
-                "tokens_per_s": batch * (1 + tokens) / statistics.median(samples),
+                "tokens_per_s": batch * (SETTLED + tokens) / statistics.median(samples),
             }
 
 

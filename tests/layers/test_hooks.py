@@ -195,11 +195,17 @@ def test_all_five_sites_have_their_columns():
     assert torch.equal(gate_up, plain_gate_up * torch.arange(32, 32 + 2 * INTERMEDIATE))
 
 
+def test_a_layer_that_splits_otherwise_is_told():
+    adjusted = Adjusted()
+    parts = adjusted.model.layers[0].self_attn.qkv_proj(hidden_states())[0]
+    with pytest.raises(AssertionError, match=r"split into \[8, 8, 16\]"):
+        parts.split([8, 8, 16], dim=-1)
+
+
 def test_a_projection_without_sites_has_no_hook():
     adjusted = Adjusted(("up",))
     attention = adjusted.model.layers[0].self_attn
     assert not attention.qkv_proj._forward_hooks
-    assert not attention.attn._forward_pre_hooks
     assert adjusted.model.layers[0].mlp.gate_up_proj._forward_hooks
 
 
@@ -298,9 +304,7 @@ class TestUnsupportedModels:
         with pytest.raises(UnsupportedModelError, match="no decoder layer with input_layernorm, self_attn and mlp"):
             self.adjust(nn.Linear(2, 2))
 
-    @pytest.mark.parametrize(
-        ("module", "child"), [("self_attn", "qkv_proj"), ("self_attn", "attn"), ("mlp", "gate_up_proj")]
-    )
+    @pytest.mark.parametrize(("module", "child"), [("self_attn", "qkv_proj"), ("mlp", "gate_up_proj")])
     def test_other_modules(self, module, child):
         model = make_model()
         delattr(getattr(model.layers[1], module), child)

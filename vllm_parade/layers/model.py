@@ -2,11 +2,11 @@
 """The one loop that teaches a loaded model: forward hooks on three modules of every decoder layer.
 
 Hooks sit on instances, so a draft model of the same class stays clean, and names of parameters do not change, so
-weights can be loaded again. Scaling is plain PyTorch, which a compiler fuses with what follows (rotary embedding,
-SiLU and multiplication).
+weights can be loaded again. Scaling is plain PyTorch, which a compiler fuses with what follows (rotary embedding and
+copying to the KV cache's layout, SiLU and multiplication).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ def decoder_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     module: Any
     for name, module in model.named_modules():
         if all(hasattr(module, child) for child in ("input_layernorm", "self_attn", "mlp")):
-            for parent, child in (("self_attn", "qkv_proj"), ("self_attn", "attn"), ("mlp", "gate_up_proj")):
+            for parent, child in (("self_attn", "qkv_proj"), ("mlp", "gate_up_proj")):
                 if not hasattr(getattr(module, parent), child):
                     raise UnsupportedModelError(f"layer {name} has no {parent}.{child}")
             yield name, module
@@ -55,9 +55,8 @@ def adjust_model(
         index = int(name.rsplit(".", 1)[-1])
         layer = ParadeLayer(index, [shards[site] for site in sites], num_rows, batch, device, dtype)
         _hook_norm(module.input_layernorm, layer)
-        _hook_projection(qkv, ("q", "k"), layer)
-        _hook_values(module.self_attn.attn, layer)
-        _hook_projection(gate_up, ("gate", "up"), layer)
+        _hook_projection(qkv, qkv_shards(qkv), layer, _scale_parts)
+        _hook_projection(gate_up, gate_up_shards(gate_up), layer, _scale_output)
         layers.append(layer)
     if not layers:
         raise UnsupportedModelError("the model has no decoder layer with input_layernorm, self_attn and mlp")
@@ -76,20 +75,14 @@ def _generate_vectors(norm: Any, args: tuple[Tensor, ...], output: Tensor | tupl
     torch.ops.vllm.parade_generate(layer_input, attention_input, norm.parade_table)
 
 
-def _hook_projection(projection: Any, names: tuple[str, ...], layer: ParadeLayer) -> None:
-    spans = tuple((shard.output_start, column, shard.width) for shard, column in _columns(layer) if shard.name in names)
-    if spans:
-        projection.parade_spans = spans
-        _register_tables(projection, layer)
-        projection.register_forward_hook(_scale_output)
-
-
-def _hook_values(attention: Any, layer: ParadeLayer) -> None:
-    for shard, column in _columns(layer):
-        if shard.name == "v":
-            attention.parade_columns = slice(column, column + shard.width)
-            _register_tables(attention, layer)
-            attention.register_forward_pre_hook(_scale_values)
+def _hook_projection(projection: Any, shards: list[SiteShard], layer: ParadeLayer, hook: Callable[..., Any]) -> None:
+    """`shards` are the parts of the projection's output, in order."""
+    columns = {shard.name: column for shard, column in _columns(layer)}
+    if any(shard.name in columns for shard in shards):
+        projection.parade_parts = tuple((shard.width, columns.get(shard.name)) for shard in shards)
+        projection.register_buffer("parade_table", layer.table, persistent=False)
+        projection.register_buffer("parade_token_rows", layer.batch.token_rows, persistent=False)
+        projection.register_forward_hook(hook)
 
 
 def _columns(layer: ParadeLayer) -> Iterator[tuple[SiteShard, int]]:
@@ -100,31 +93,45 @@ def _columns(layer: ParadeLayer) -> Iterator[tuple[SiteShard, int]]:
         column += shard.width
 
 
-def _register_tables(module: Any, layer: ParadeLayer) -> None:
-    module.register_buffer("parade_table", layer.table, persistent=False)
-    module.register_buffer("parade_token_rows", layer.batch.token_rows, persistent=False)
+def _vectors(projection: Any, num_tokens: int) -> Iterator[tuple[int, Tensor | None]]:
+    """For every part of a projection's output its width and each token's own row [tokens, width], if it is scaled."""
+    rows: Tensor = projection.parade_token_rows[:num_tokens]
+    for width, column in projection.parade_parts:
+        scaled = column is not None
+        yield width, projection.parade_table[:, column : column + width].index_select(0, rows) if scaled else None
 
 
-def _vectors(module: Any, columns: slice, num_tokens: int) -> Tensor:
-    """[tokens, width]: every token's own row of the table."""
-    rows: Tensor = module.parade_token_rows[:num_tokens]
-    vectors: Tensor = module.parade_table[:, columns].index_select(0, rows)
-    return vectors
+class ScaledParts:
+    """The output of a fused projection of which a layer does nothing but split it: into parts that are scaled.
+
+    Scaling a part where it lies would make a compiler compute it wherever any part is read, and copy all of them for
+    the ones that attention takes as they lie.
+    """
+
+    def __init__(self, output: Tensor, vectors: Sequence[tuple[int, Tensor | None]]) -> None:
+        self.output, self.vectors = output, vectors
+
+    def split(self, sizes: Sequence[int], dim: int = -1) -> tuple[Tensor, ...]:
+        """As `torch.Tensor.split`, for the projection's own parts.
+
+        Semantics: Q' = l_q * Q, V' = l_v * V; likewise K, where an adapter asks for it  (4)
+        """
+        assert list(sizes) == [width for width, _ in self.vectors], f"split into {sizes}, which are not its parts"
+        parts = self.output.split(sizes, dim)
+        return tuple(
+            part if vector is None else part * vector for part, (_, vector) in zip(parts, self.vectors, strict=True)
+        )
+
+
+def _scale_parts(projection: Any, args: tuple[Tensor, ...], output: tuple[Tensor, Any]) -> tuple[ScaledParts, Any]:
+    result, bias = output
+    return ScaledParts(result, tuple(_vectors(projection, len(result)))), bias
 
 
 def _scale_output(projection: Any, args: tuple[Tensor, ...], output: tuple[Tensor, Any]) -> None:
-    """Semantics: Q' = l_q * Q, U' = l_u * U; likewise K and the gate, where an adapter asks for it  (4), (5)."""
-    result = output[0]
-    for start, column, width in projection.parade_spans:
-        vectors = _vectors(projection, slice(column, column + width), len(result))
-        result[:, start : start + width].mul_(vectors)
-
-
-def _scale_values(attention: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Semantics: V' = l_v * V  (4).
-
-    Here and not in the projection's output, of which attention takes V as it lies: a compiler would copy all of it for
-    the part that changes.
-    """
-    query, key, value, *others = args
-    return query, key, value * _vectors(attention, attention.parade_columns, len(value)), *others
+    """Semantics: U' = l_u * U; likewise the gate, where an adapter asks for it  (5)."""
+    result, start = output[0], 0
+    for width, vector in _vectors(projection, len(result)):
+        if vector is not None:
+            result[:, start : start + width].mul_(vector)
+        start += width

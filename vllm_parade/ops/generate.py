@@ -5,8 +5,11 @@ The launch depends on the number of tokens in the batch alone. So a CUDA graph o
 size, and a step without instructions costs it three launches that do nothing.
 """
 
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
+import torch
 import triton
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
@@ -17,13 +20,13 @@ from vllm_parade.ops.packed import ALIGNMENT
 
 BLOCK_HIDDEN = 128
 BLOCK_OUT = 256
-MAX_SPLITS = 8
+MAX_SPLITS = 4
 # Programs that fill a large device; below this, the hidden size is split.
-ENOUGH_PROGRAMS = 128
+ENOUGH_PROGRAMS = 64
 POOL_ELEMENTS = 4096
 # Programs along instructions and along capsules; where there are more, a program takes several.
 POOL_PROGRAMS = (32, 4)
-WRITE_PROGRAMS = 8
+WRITE_PROGRAMS = 32
 
 
 def workspace_size(num_tokens: int, max_rank: int) -> int:
@@ -46,32 +49,107 @@ def _splits(num_tokens: int, hidden_size: int) -> int:
 
 def warm_up_sizes(max_num_tokens: int) -> list[int]:
     """Batch sizes that between them launch every variant of the kernels, so that none is compiled in a later step."""
-    return sorted({min(max_num_tokens, ENOUGH_PROGRAMS * BLOCK_TOKENS // parts) for parts in (1, 2, 4, MAX_SPLITS)})
+    return sorted({min(max_num_tokens, ENOUGH_PROGRAMS * BLOCK_TOKENS // parts) for parts in (1, 2, MAX_SPLITS)})
 
 
 # Kernels as compiled for their constants.
 _compiled: dict[tuple[Any, ...], Any] = {}
 
 
-def _launch(
-    kernel: Any, grid: tuple[int, int, int], args: tuple[Any, ...], constants: dict[str, int], **options: int
-) -> None:
-    """Launch a kernel, past Triton's own look-up, which costs more than the kernels themselves.
+class _Launch:
+    """One kernel on one grid, launched past Triton's own look-up, which costs more than the kernels themselves.
 
     Whatever a kernel is specialised on must be a constant: integers are not specialised, and every address is a
     multiple of 16.
     """
-    if isinstance(kernel, InterpretedFunction):
-        kernel[grid](*args, **constants)
-        return
-    key = (kernel, args[0].dtype, *constants.values())
-    compiled = _compiled.get(key)
-    if compiled is None:
-        _compiled[key] = kernel[grid](*args, **constants, **options)
-        return
-    addresses = [arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in args]
-    assert not any(address % 16 for address, arg in zip(addresses, args, strict=True) if isinstance(arg, Tensor))
-    compiled[grid](*addresses, *constants.values())
+
+    def __init__(
+        self, kernel: Any, dtype: torch.dtype, grid: tuple[int, int, int], constants: dict[str, int], **options: int
+    ) -> None:
+        self.kernel, self.grid, self.constants, self.options = kernel, grid, constants, options
+        self._values = tuple(constants.values())
+        self._key = (kernel, dtype, *self._values)
+        self._run: Callable[..., None] | None = None
+
+    def __call__(self, tensors: tuple[Tensor, ...], *numbers: int) -> None:
+        if self._run is not None:
+            addresses = [tensor.data_ptr() for tensor in tensors]
+            assert not any(address % 16 for address in addresses)
+            self._run(*addresses, *numbers, *self._values)
+        elif self._key in _compiled:
+            self._run = _compiled[self._key][self.grid]
+            self(tensors, *numbers)
+        else:
+            compiled = self.kernel[self.grid](*tensors, *numbers, **self.constants, **self.options)
+            if not isinstance(self.kernel, InterpretedFunction):
+                _compiled[self._key] = compiled
+
+
+class _Launches:
+    """The three launches for batches of one size: nothing is computed anew where the host is what a step waits for."""
+
+    def __init__(
+        self,
+        num_tokens: int,
+        hidden_size: int,
+        stride: int,
+        slot_size: int,
+        width: int,
+        max_rank: int,
+        dtype: torch.dtype,
+    ) -> None:
+        block_r, splits = _block_r(max_rank), _splits(num_tokens, hidden_size)
+        # Behind the messages stand as many logits, then the activated capsules.
+        self.logits_start = splits * num_tokens * block_r
+        self.workspace_size = 2 * self.logits_start + num_tokens * block_r
+        self.split_blocks = triton.cdiv(hidden_size, splits * BLOCK_HIDDEN)
+        self.project = _Launch(
+            project_kernel,
+            dtype,
+            # Instructions end where they like: twice as many tiles as tokens need are a comfortable upper estimate.
+            (2 * triton.cdiv(num_tokens, BLOCK_TOKENS), splits, 1),
+            {
+                "STRIDE": stride,
+                "HIDDEN_SIZE": hidden_size,
+                "SLOT_SIZE": slot_size,
+                "BLOCK_R": block_r,
+                "NUM_JOB_FIELDS": NUM_JOB_FIELDS,
+                "ALIGNMENT": ALIGNMENT,
+                "BLOCK_TOKENS": BLOCK_TOKENS,
+                "BLOCK_HIDDEN": BLOCK_HIDDEN,
+            },
+            num_stages=4,
+        )
+        self.pool = _Launch(
+            pool_kernel,
+            dtype,
+            (min(num_tokens, POOL_PROGRAMS[0]), POOL_PROGRAMS[1], 1),
+            {
+                "SPLITS": splits,
+                "BLOCK_R": block_r,
+                "NUM_JOB_FIELDS": NUM_JOB_FIELDS,
+                "POOL_ELEMENTS": POOL_ELEMENTS,
+            },
+            num_warps=16,
+        )
+        self.write = _Launch(
+            write_kernel,
+            dtype,
+            (triton.cdiv(width, BLOCK_OUT), min(num_tokens, WRITE_PROGRAMS), 1),
+            {
+                "SLOT_SIZE": slot_size,
+                "WIDTH": width,
+                "BLOCK_R": block_r,
+                "NUM_JOB_FIELDS": NUM_JOB_FIELDS,
+                "ALIGNMENT": ALIGNMENT,
+                "BLOCK_OUT": BLOCK_OUT,
+            },
+            # Each thread adds up its own outputs.
+            num_warps=1,
+        )
+
+
+_launches = lru_cache(maxsize=1024)(_Launches)
 
 
 def generate_rows(
@@ -98,55 +176,19 @@ def generate_rows(
         workspace: float32, `workspace_size` numbers
         max_rank: largest r in any slot
     """
-    assert layer_input.stride() == attention_input.stride()
-    assert layer_input.stride(1) == 1
+    stride = layer_input.stride()
+    assert stride == attention_input.stride()
+    assert stride[1] == 1
     assert table.is_contiguous()
     assert flat.is_contiguous()
     assert layer_input.dtype == attention_input.dtype == table.dtype == flat.dtype
-    (num_tokens, hidden_size), width = layer_input.shape, table.shape[1]
-    block_r, slot_size = _block_r(max_rank), flat.shape[1]
-    splits = _splits(num_tokens, hidden_size)
-    # Behind the messages stand as many logits, then the activated capsules.
-    logits_start = splits * num_tokens * block_r
-    assert workspace.numel() >= 2 * logits_start + num_tokens * block_r
-    split_size = triton.cdiv(triton.cdiv(hidden_size, splits), BLOCK_HIDDEN) * BLOCK_HIDDEN
-    # Instructions end where they like: twice as many tiles as tokens need are a comfortable upper estimate.
-    _launch(
-        project_kernel,
-        (2 * triton.cdiv(num_tokens, BLOCK_TOKENS), splits, 1),
-        (
-            *(layer_input, attention_input, flat, step.counts, step.jobs, step.tiles, workspace),
-            *(layer, num_tokens, split_size, logits_start),
-        ),
-        {
-            "STRIDE": layer_input.stride(0),
-            "HIDDEN_SIZE": hidden_size,
-            "SLOT_SIZE": slot_size,
-            "BLOCK_R": block_r,
-            "NUM_JOB_FIELDS": NUM_JOB_FIELDS,
-            "ALIGNMENT": ALIGNMENT,
-            "BLOCK_TOKENS": BLOCK_TOKENS,
-            "BLOCK_HIDDEN": BLOCK_HIDDEN,
-        },
-        num_stages=4,
+    num_tokens, hidden_size = layer_input.shape
+    launches = _launches(num_tokens, hidden_size, stride[0], flat.shape[1], table.shape[1], max_rank, layer_input.dtype)
+    assert workspace.numel() >= launches.workspace_size
+    counts, jobs, logits_start = step.counts, step.jobs, launches.logits_start
+    launches.project(
+        (layer_input, attention_input, flat, counts, jobs, step.tiles, workspace),
+        *(layer, num_tokens, launches.split_blocks, logits_start),
     )
-    _launch(
-        pool_kernel,
-        (min(num_tokens, POOL_PROGRAMS[0]), POOL_PROGRAMS[1], 1),
-        (step.counts, step.jobs, workspace, num_tokens, logits_start),
-        {"SPLITS": splits, "BLOCK_R": block_r, "NUM_JOB_FIELDS": NUM_JOB_FIELDS, "POOL_ELEMENTS": POOL_ELEMENTS},
-        num_warps=16,
-    )
-    _launch(
-        write_kernel,
-        (triton.cdiv(width, BLOCK_OUT), min(num_tokens, WRITE_PROGRAMS), 1),
-        (flat, step.counts, step.jobs, workspace, table, layer, 2 * logits_start),
-        {
-            "SLOT_SIZE": slot_size,
-            "WIDTH": width,
-            "BLOCK_R": block_r,
-            "NUM_JOB_FIELDS": NUM_JOB_FIELDS,
-            "ALIGNMENT": ALIGNMENT,
-            "BLOCK_OUT": BLOCK_OUT,
-        },
-    )
+    launches.pool((counts, jobs, workspace), num_tokens, logits_start)
+    launches.write((flat, counts, jobs, workspace, table), layer, 2 * logits_start)

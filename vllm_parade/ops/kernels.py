@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["layer", "num_tokens", "split_size", "logits_start"])
+@triton.jit(do_not_specialize=["layer", "num_tokens", "split_blocks", "logits_start"])
 def project_kernel(
     layer_input,
     attention_input,
@@ -26,7 +26,7 @@ def project_kernel(
     workspace,
     layer,
     num_tokens,
-    split_size,
+    split_blocks,
     logits_start,
     STRIDE: tl.constexpr,
     HIDDEN_SIZE: tl.constexpr,
@@ -57,7 +57,9 @@ def project_kernel(
         inside = tokens < length
         rows = (start + tokens).to(tl.int64)
         projected = tl.zeros([BLOCK_TOKENS, BLOCK_R], dtype=tl.float32)
-        for d in range(split * split_size, (split + 1) * split_size, BLOCK_HIDDEN):
+        for block in range(split * split_blocks, (split + 1) * split_blocks):
+            # A multiple of BLOCK_HIDDEN, as the compiler sees: loads are wide.
+            d = block * BLOCK_HIDDEN
             live = d + depth < HIDDEN_SIZE
             x = tl.load(
                 hidden + rows[:, None] * STRIDE + (d + depth)[None, :],
@@ -228,10 +230,10 @@ def write_kernel(
         # The projection's input is in the model's dtype, as for every other linear layer.
         z = z.to(element).to(tl.float32)
         w = tl.load(
-            flat + tl.multiple_of(generator + up, ALIGNMENT) + outputs[:, None] * r + columns[None, :],
-            mask=live[:, None] & (columns < r)[None, :],
+            flat + tl.multiple_of(generator + up, ALIGNMENT) + columns[:, None] * WIDTH + outputs[None, :],
+            mask=(columns < r)[:, None] & live[None, :],
             other=0.0,
         )
         b = tl.load(flat + tl.multiple_of(generator + bias, ALIGNMENT) + outputs, mask=live, other=0.0)
-        vector = tl.sum(w.to(tl.float32) * z[None, :], axis=1) + b.to(tl.float32)
+        vector = tl.sum(w.to(tl.float32) * z[:, None], axis=0) + b.to(tl.float32)
         tl.store(table + row.to(tl.int64) * WIDTH + outputs, vector.to(element), mask=live)

@@ -40,7 +40,7 @@ class GeneratorLayout:
         """A layer's generator in a flat tensor."""
         start = layer * self.size
         return GeneratorWeights.from_named_tensors(
-            {name: _view(flat[start + offset :], self.shapes[name]) for name, offset in self.offsets.items()}
+            {name: _view(flat[start + offset :], name, self.shapes[name]) for name, offset in self.offsets.items()}
         )
 
 
@@ -82,9 +82,12 @@ def _aligned(entries: int) -> int:
     return math.ceil(entries / ALIGNMENT) * ALIGNMENT
 
 
-def _view(flat: Tensor, shape: tuple[int, ...]) -> Tensor:
+def _view(flat: Tensor, name: str, shape: tuple[int, ...]) -> Tensor:
     part = flat[: math.prod(shape)]
-    if len(shape) < 3:
-        return part.view(shape)
-    # All W_k lie side by side: [k, r, c] is stored as [r, k, c].
-    return part.view(shape[1], shape[0], shape[2]).permute(1, 0, 2)
+    if name == "up.weight":
+        # [d_out, r] is stored as [r, d_out]: whatever r is, neighbouring outputs are loaded together.
+        return part.view(shape[1], shape[0]).T
+    if name == "pooler.weight":
+        # All W_k lie side by side: [k, r, c] is stored as [r, k, c].
+        return part.view(shape[1], shape[0], shape[2]).permute(1, 0, 2)
+    return part.view(shape)
