@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's real scheduler with PARADE mixed in, and in place of the model an answer of one token a request and step."""
 
+import inspect
+import textwrap
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -10,6 +12,7 @@ from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched import scheduler as vllm_scheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import ModelRunnerOutput
@@ -20,6 +23,26 @@ from vllm_parade.request import EXTRA_ARGS_KEY, PLAN_ATTRIBUTE, Instruction
 from vllm_parade.scheduler import ParadeAsyncScheduler, ParadeScheduler
 
 BLOCK = 4
+
+
+def with_overtaking(scheduler_class):
+    """The scheduler with the waiting queue of vLLM 0.33, where requests pass one that cannot be scheduled.
+
+    Where 0.33 is installed this is how it is; on 0.32 its source is edited.
+    """
+    source = inspect.getsource(vllm_scheduler.Scheduler.schedule)
+    stop = "== 0:\n                        # The request cannot be scheduled.\n                        break"
+    if stop not in source:
+        assert "it does\n                        # not stall the requests behind it" in source
+        return scheduler_class
+    pass_by = stop.replace("break", "skip_request(request_queue)\n                        continue")
+    # `super()` needs no class here: vLLM's own method calls none.
+    namespace = dict(vars(vllm_scheduler))
+    exec(textwrap.dedent(source.replace(stop, pass_by)), namespace)
+    middle = type("Overtaking", (vllm_scheduler.Scheduler,), {"schedule": namespace["schedule"]})
+    mixin, vllm_class = scheduler_class.__bases__
+    bases = (mixin, middle) if vllm_class is vllm_scheduler.Scheduler else (mixin, vllm_class, middle)
+    return type(scheduler_class.__name__, bases, {})
 
 
 @dataclass
@@ -95,7 +118,7 @@ def make_engine(tmp_path):
     config.save_pretrained(tmp_path)
     init_none_hash(sha256)
 
-    def make(step_tokens=16, max_num_seqs=4, blocks=1000, pipeline=0, vector_cache=0, **options):
+    def make(step_tokens=16, max_num_seqs=4, blocks=1000, pipeline=0, vector_cache=0, overtaking=False, **options):
         vllm_config = EngineArgs(
             str(tmp_path),
             skip_tokenizer_init=True,
@@ -112,7 +135,8 @@ def make_engine(tmp_path):
                 ["layer"], FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=32, dtype=torch.float32)
             )
         ]
-        scheduler = (ParadeAsyncScheduler if pipeline else ParadeScheduler)(
+        scheduler_class = ParadeAsyncScheduler if pipeline else ParadeScheduler
+        scheduler = (with_overtaking(scheduler_class) if overtaking else scheduler_class)(
             vllm_config=vllm_config,
             kv_cache_config=KVCacheConfig(blocks, kv_cache_tensors=[], kv_cache_groups=groups),
             structured_output_manager=StructuredOutputManager(vllm_config),

@@ -22,6 +22,7 @@ ADD = st.tuples(
     st.sampled_from([1, 4, 5, 9, 13, 17]),
     st.sampled_from([0, 0, 0, 4]),
     st.integers(1, 12),
+    st.integers(0, 2),
 )
 EVENT = st.one_of(
     ADD, ADD, st.just(("step",)), st.just(("step",)), st.just(("step",)), st.tuples(st.just("abort"), st.integers(0, 9))
@@ -36,6 +37,8 @@ SIZES = st.fixed_dictionaries(
         "vector_cache": st.integers(0, 2),
         "max_parades": st.integers(1, 3),
         "pipeline": st.integers(0, 1),
+        "scheduling_policy": st.sampled_from(["fcfs", "priority"]),
+        "overtaking": st.booleans(),
     }
 )
 
@@ -52,12 +55,12 @@ class Simulation:
         self.vectors = {}
         self.names = deque(f"r{number}" for number in range(1000))
 
-    def add(self, adapter, length, instruction, max_tokens):
+    def add(self, adapter, length, instruction, max_tokens, priority):
         tokens = TOKENS[:length]
         instruction = min(instruction or length, length)
         salt = f"{adapter}:{tokens[:instruction]}" if adapter else None
         options = {"tokens": tokens, "instruction": instruction, "max_tokens": max_tokens, "cache_salt": salt}
-        self.engine.add(self.names.popleft(), length, adapter, **options)
+        self.engine.add(self.names.popleft(), length, adapter, priority=priority, **options)
 
     def abort(self, number):
         names = list(self.scheduler.requests)

@@ -6,6 +6,11 @@ So where no row holds them yet a request is scheduled with its whole instruction
 cached keys and values count for it. Where one does, since another request had the same instruction, or this one before
 it was preempted, the request is scheduled like any other: in chunks, or from the prefix cache. Requests of the base
 model are vLLM's own business.
+
+Who comes first is vLLM's business too (order of arrival, or priority), so no adapter holds slots or rows for ever: a
+slot is held for one step, a row while its request runs. But an instruction passes whole, and what runs takes its tokens
+of every step first. So that a long one is not kept waiting while the rest goes on, running requests take a smaller
+share of one step, or none, once an instruction has found no room in PATIENCE steps.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -22,6 +27,9 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 else:
     Base = object
+
+# Steps in which an instruction may find no room before running requests make some.
+PATIENCE = 4
 
 
 def instruction_of(request: "Request") -> Instruction | None:
@@ -40,12 +48,41 @@ class ParadeSchedulerMixin(Base):
         self.step_adapters: set[str] = set()
         # Requests that may be the ones to read an instruction in this step; only those that run by then do.
         self.step_readers: dict[InstructionKey, Request] = {}
+        # The request at the head of those whose instruction found no room, and in how many steps.
+        self.squeezed: Request | None = None
+        self.squeezed_steps = 0
+        self.step_squeezed: Request | None = None
+        # Tokens of this step that running requests may take; None where it is not for us to say.
+        self.share: int | None = None
 
     def schedule(self, *args: Any, **kwargs: Any) -> "SchedulerOutput":
         """Plan a step; the adapters that read instructions in it must fit on the device together."""
         self.step_adapters.clear()
         self.step_readers.clear()
-        return super().schedule(*args, **kwargs)
+        self.step_squeezed = None
+        self.share = self._share_of_running()
+        made_room = self.share is not None
+        output = super().schedule(*args, **kwargs)
+        if self.step_squeezed is None and output.total_num_scheduled_tokens == self.max_num_scheduled_tokens:
+            # Nobody waiting was even looked at.
+            self.step_squeezed = self.waiting.peek_request() if self.waiting else None
+        if made_room:
+            # If something else than room was missing, the others do not wait for it in the next step again.
+            self.squeezed, self.squeezed_steps = None, 0
+        elif self.step_squeezed is not None:
+            again = self.step_squeezed is self.squeezed
+            self.squeezed, self.squeezed_steps = self.step_squeezed, self.squeezed_steps + 1 if again else 1
+        return output
+
+    def _share_of_running(self) -> int | None:
+        request = self.squeezed
+        if request is None or request.is_finished() or self.squeezed_steps < PATIENCE:
+            return None
+        can_start = request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+        if not can_start or len(self.running) >= self.max_num_running_reqs:
+            return None
+        instruction = self._unread(request)
+        return None if instruction is None else self.max_num_scheduled_tokens - instruction.tokens
 
     def _unread(self, request: "Request") -> Instruction | None:
         """The instruction that a request must read itself; None if a row holds its vectors, or needs to hold none."""
@@ -70,9 +107,17 @@ class ParadeSchedulerMixin(Base):
 
     def _reserve_prefill_lookahead(self, request: "Request", num_computed_tokens: int, num_new_tokens: int) -> int:
         instruction = self._unread(request)
+        if instruction is None and self.share is not None and request.status == RequestStatus.RUNNING:
+            num_new_tokens = min(num_new_tokens, self.share)
+            self.share -= num_new_tokens
         if instruction is not None:
-            if num_computed_tokens > 0 or num_new_tokens < instruction.tokens or not self._can_generate(instruction):
+            if num_computed_tokens > 0 or num_new_tokens < instruction.tokens:
+                self.step_squeezed = self.step_squeezed or request
                 return 0
+            if not self._can_generate(instruction):
+                return 0
+            if request is self.squeezed:
+                self.squeezed = None
             self.step_adapters.add(instruction.adapter)
             self.step_readers[instruction.key] = request
         return super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables of steps, as in test_steps, and crowds: nobody waits for ever, whatever the others do.
+
+vLLM 0.32 lets nobody pass a waiting request that does not fit; 0.33 lets everybody pass who does. Both must hold.
+"""
+
+import random
+
+import pytest
+
+from vllm_parade.scheduler.scheduler import PATIENCE
+
+queues = pytest.mark.parametrize("overtaking", [False, True], ids=["in order", "overtaking"])
+
+
+def test_running_requests_make_room(make_engine):
+    """c needs all of a step's 8 tokens. After four steps without room a and b stop for one, and go on."""
+    engine = make_engine(step_tokens=8)
+    engine.add("a", 2)
+    engine.add("b", 2, "B")
+    engine.add("c", 8, "A")
+    both, rows = ({"a": 1, "b": 1}, "ab", "c", {"b": 1}, ""), {"b": 1, "c": 2}
+    engine.expect(
+        ({"a": 2, "b": 2}, "ab", "c", {"b": 1}, "b"),
+        both,
+        both,
+        both,
+        ({"c": 8}, "abc", "", rows, "c"),
+        ({"a": 1, "b": 1, "c": 1}, "abc", "", rows, ""),
+    )
+
+
+def test_running_requests_stop_only_as_far_as_they_must(make_engine):
+    """d leaves two of 8 tokens: a and b go on, base prompt c gets nothing of this step."""
+    engine = make_engine(step_tokens=8)
+    engine.add("a", 1)
+    engine.add("b", 1)
+    engine.add("c", 60)
+    engine.add("d", 6, "A")
+    busy = ({"a": 1, "b": 1, "c": 6}, "abc", "d", {}, "")
+    engine.expect(
+        busy,
+        busy,
+        busy,
+        busy,
+        ({"a": 1, "b": 1, "d": 6}, "abcd", "", {"d": 1}, "d"),
+        ({"a": 1, "b": 1, "c": 6}, "abcd", "", {"d": 1}, ""),
+    )
+
+
+def test_they_do_not_stop_for_one_that_lacks_something_else(make_engine):
+    """4 blocks of 4 tokens, of which a takes two: c needs three. Nobody makes room that c could not use."""
+    engine = make_engine(step_tokens=12, blocks=5)
+    engine.add("a", 5, max_tokens=4)
+    engine.add("c", 10, "A")
+    alone = ({"a": 1}, "a", "c", {}, "")
+    engine.expect(({"a": 5}, "a", "c", {}, ""), alone, alone, alone, ({"c": 10}, "c", "", {"c": 1}, "c"))
+
+
+def test_an_aborted_request_is_waited_for_no_longer(make_engine):
+    engine = make_engine(step_tokens=8)
+    engine.add("a", 2)
+    engine.add("c", 8, "A")
+    for _ in range(PATIENCE):
+        engine.step()
+    engine.abort("c")
+    engine.expect(({"a": 1}, "a", "", {}, ""))
+
+
+@queues
+@pytest.mark.parametrize("pipeline", [0, 1])
+@pytest.mark.parametrize(("seats", "bound"), [(16, PATIENCE), (4, PATIENCE + 6)])
+def test_a_long_instruction_in_a_stream_of_short_requests(make_engine, overtaking, pipeline, seats, bound):
+    """Every step brings a new base request that would fit beside the running ones, which take 6 steps.
+
+    With seats for all, four steps are the most that it waits; else it may have to wait for a seat besides.
+    """
+    engine = make_engine(step_tokens=16, max_num_seqs=seats, overtaking=overtaking, pipeline=pipeline)
+    for number in range(3):
+        engine.add(f"s{number}", 2, max_tokens=6, tokens=[number, 1])
+    engine.add("x", 16, "A")
+    passed = None
+    for number in range(3, 40):
+        engine.add(f"s{number}", 2, max_tokens=6, tokens=[number, 1])
+        if "x" in engine.step()[4]:
+            passed = number
+            break
+    assert passed is not None
+    assert passed - 3 <= bound
+
+
+@queues
+def test_streams_go_on_beside_long_instructions(make_engine, overtaking):
+    """Instructions that fill a step, one after the other, take no more than every fifth step from a running request."""
+    engine = make_engine(step_tokens=16, max_num_seqs=8, overtaking=overtaking)
+    engine.add("a", 2, max_tokens=60)
+    for number in range(8):
+        engine.add(f"x{number}", 16, f"A{number}", max_tokens=1, tokens=[number] * 16)
+    steps = [engine.step() for _ in range(40)]
+    paused = [number for number, step in enumerate(steps) if "a" not in step[0]]
+    assert len(paused) >= 7
+    assert min(later - earlier for earlier, later in zip(paused, paused[1:], strict=False)) > PATIENCE
+
+
+@queues
+def test_a_crowd_with_favourites(make_engine, overtaking):
+    """120 requests under 30 adapters by Zipf's law, at once, 2 of them a step: who comes first starts first.
+
+    Where requests overtake, one may pass those that need a third adapter, but only in that step.
+    """
+    engine = make_engine(step_tokens=32, max_num_seqs=8, max_parades=2, overtaking=overtaking)
+    chance = random.Random(0)
+    adapters = [f"A{number}" for number in range(30)]
+    weights = [1 / (rank + 1) for rank in range(30)]
+    waiting = {}
+    for number in range(120):
+        name, adapter = f"r{number}", chance.choices(adapters, weights)[0]
+        length = chance.randint(1, 20)
+        engine.add(name, length, adapter, tokens=[number] * length, max_tokens=chance.randint(1, 9))
+        waiting[name] = adapter
+    overtaken = dict.fromkeys(waiting, 0)
+    for _ in range(2000):
+        if not engine.scheduler.requests:
+            break
+        started = [name for name in engine.step()[4:5][0].split("r") if name]
+        for name in (f"r{digits}" for digits in started):
+            del waiting[name]
+            for other in waiting:
+                overtaken[other] += int(other[1:]) < int(name[1:])
+    assert not waiting
+    assert not engine.scheduler.requests
+    if not overtaking:
+        assert not any(overtaken.values())
+    # Bounded: at most the seats of a step, for each step in which it was first in the queue.
+    assert max(overtaken.values()) <= 8 * (PATIENCE + 1)
