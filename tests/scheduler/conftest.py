@@ -25,20 +25,22 @@ from vllm_parade.scheduler import ParadeAsyncScheduler, ParadeScheduler
 BLOCK = 4
 
 
-def with_overtaking(scheduler_class):
-    """The scheduler with the waiting queue of vLLM 0.33, where requests pass one that cannot be scheduled.
+SCHEDULE = inspect.getsource(vllm_scheduler.Scheduler.schedule)
+# Where the waiting queue of vLLM 0.32 stops at a request that finds no room.
+STOP = "== 0:\n                        # The request cannot be scheduled.\n                        break"
+OVERTAKES = STOP not in SCHEDULE
+"""Whether waiting requests pass one that finds no room, as in vLLM 0.33."""
 
-    Where 0.33 is installed this is how it is; on 0.32 its source is edited.
-    """
-    source = inspect.getsource(vllm_scheduler.Scheduler.schedule)
-    stop = "== 0:\n                        # The request cannot be scheduled.\n                        break"
-    if stop not in source:
-        assert "it does\n                        # not stall the requests behind it" in source
+
+def with_overtaking(scheduler_class):
+    """A scheduler class with the waiting queue of vLLM 0.33; on 0.32 vLLM's source is edited for it."""
+    if OVERTAKES:
         return scheduler_class
-    pass_by = stop.replace("break", "skip_request(request_queue)\n                        continue")
-    # `super()` needs no class here: vLLM's own method calls none.
+    source = SCHEDULE.replace(
+        STOP, STOP.replace("break", "skip_request(request_queue)\n                        continue")
+    )
     namespace = dict(vars(vllm_scheduler))
-    exec(textwrap.dedent(source.replace(stop, pass_by)), namespace)
+    exec(textwrap.dedent(source), namespace)
     middle = type("Overtaking", (vllm_scheduler.Scheduler,), {"schedule": namespace["schedule"]})
     mixin, vllm_class = scheduler_class.__bases__
     bases = (mixin, middle) if vllm_class is vllm_scheduler.Scheduler else (mixin, vllm_class, middle)
