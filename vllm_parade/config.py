@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 # Key of the knobs in EngineArgs.additional_config, where flags and keywords are folded; once the engine's config is
 # made only what its compile cache must know stays there.
 CONFIG_KEY = "parade"
-# Where the engine's config carries the knobs to every process, unseen by vLLM's hashing.
-CONFIG_ATTRIBUTE = "parade_config"
 
 
 class ParadeConfigError(ValueError):
@@ -158,13 +156,37 @@ class ServingConfig:
     @classmethod
     def from_vllm_config(cls, vllm_config: "VllmConfig") -> "ServingConfig":
         """The knobs of an engine; disabled where PARADE was not asked for."""
-        return getattr(vllm_config, CONFIG_ATTRIBUTE, cls())
+        additional = vllm_config.additional_config
+        return additional.serving_config if isinstance(additional, AdditionalConfig) else cls()
 
     def hashed(self, num_rows: int) -> dict[str, Any]:
         """What shapes the compiled model and so enters vLLM's compile cache key. Adapters' names and paths do not."""
         layers = Path(__file__).parent / "layers"
         traced = b"".join((layers / name).read_bytes() for name in ("model.py", "generator.py"))
         return {"source": hashlib.sha256(traced).hexdigest(), "sites": list(self.sites), "rows": num_rows}
+
+
+def step_tokens(vllm_config: "VllmConfig") -> int:
+    """Tokens of the longest instruction: it passes in one step, which leaves a drafting request's own slots free."""
+    scheduler, speculative = vllm_config.scheduler_config, vllm_config.speculative_config
+    drafting = speculative.max_num_new_slots_for_drafting if speculative is not None else 0
+    room = scheduler.max_num_batched_tokens - drafting
+    return min(scheduler.max_num_scheduled_tokens or room, room)
+
+
+class AdditionalConfig(dict[str, Any]):
+    """An engine's `additional_config`: what vLLM hashes are its entries; the knobs go along to every process unseen.
+
+    An attribute of vLLM's own config would be in the way where vLLM copies it field by field, as for draft models.
+    """
+
+    def __init__(self, entries: Mapping[str, Any], serving_config: ServingConfig) -> None:
+        super().__init__(entries)
+        self.serving_config = serving_config
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For pickle, which would else make an empty one first."""
+        return AdditionalConfig, (dict(self), self.serving_config)
 
 
 def _tuple(values: Any) -> tuple[Any, ...]:

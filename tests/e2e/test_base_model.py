@@ -7,6 +7,7 @@ import pytest
 from tests.engines import engine, greedy, prompts
 from vllm_parade import ParadeRequest
 from vllm_parade.adapter import SITES
+from vllm_parade.config import ServingConfig
 
 pytestmark = pytest.mark.engine
 
@@ -26,7 +27,7 @@ def test_base_rows_are_bit_identical_to_an_engine_without_the_plugin(
         mixed = logprobs(llm.generate(prompts(LENGTHS), greedy(), parade_request=requests, use_tqdm=False))
         unused = logprobs(llm.generate(prompts(LENGTHS, seed=1), greedy(), use_tqdm=False))
     with engine(smollm) as plain:
-        assert not hasattr(plain.llm_engine.vllm_config, "parade_config")
+        assert not ServingConfig.from_vllm_config(plain.llm_engine.vllm_config).enable_parade
         base = logprobs(plain.generate(prompts(LENGTHS), greedy(), use_tqdm=False))
         base_unused = logprobs(plain.generate(prompts(LENGTHS, seed=1), greedy(), use_tqdm=False))
     assert unused == base_unused

@@ -8,7 +8,7 @@ import pytest
 from vllm.exceptions import VLLMValidationError
 
 from vllm_parade import ParadeRequest
-from vllm_parade.config import ServingConfig
+from vllm_parade.config import AdditionalConfig, ServingConfig
 from vllm_parade.frontend.adapters import AdapterRegistry, add_request, add_request_async, argument, load_adapter
 
 
@@ -17,7 +17,8 @@ class FakeEngine:
 
     def __init__(self, max_cpu_parades=2, unfinished=True, **options):
         config = ServingConfig(True, max_parades=1, max_cpu_parades=max_cpu_parades, **options)
-        self.input_processor = SimpleNamespace(vllm_config=SimpleNamespace(parade_config=config))
+        vllm_config = SimpleNamespace(additional_config=AdditionalConfig({}, config))
+        self.input_processor = SimpleNamespace(vllm_config=vllm_config)
         self.unfinished = unfinished
         self.output_processor = SimpleNamespace(has_unfinished_requests=lambda: self.unfinished)
         self.calls = []
@@ -220,7 +221,7 @@ def test_an_adapter_is_in_use_while_its_request_is_still_on_its_way():
 
 
 def test_an_engine_without_parade_has_no_registry():
-    processor = SimpleNamespace(vllm_config=SimpleNamespace())
+    processor = SimpleNamespace(vllm_config=SimpleNamespace(additional_config={}))
     with pytest.raises(VLLMValidationError, match="PARADE is not enabled"):
         AdapterRegistry.of(processor)
 

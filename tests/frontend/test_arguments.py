@@ -9,7 +9,7 @@ import pytest
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from vllm_parade.config import CONFIG_KEY, ParadeModule
+from vllm_parade.config import CONFIG_KEY, ParadeModule, ServingConfig
 from vllm_parade.frontend.arguments import COMMAND_LINE, KNOBS
 from vllm_parade.plugin import register
 
@@ -83,7 +83,10 @@ def test_both_forms_of_a_module_end_in_the_engines_config(parser, adapters):
     a, b = adapters["a"].path, adapters["b"].path
     text = json.dumps({"name": "b", "path": b, "base_model_name": "parent"})
     config = engine_args(parser, "--enable-parade", "--parade-modules", f"a={a}", text).create_engine_config()
-    assert config.parade_config.parade_modules == (ParadeModule("a", a), ParadeModule("b", b, "parent"))
+    assert ServingConfig.from_vllm_config(config).parade_modules == (
+        ParadeModule("a", a),
+        ParadeModule("b", b, "parent"),
+    )
 
 
 FLAGS = (["--enable-parade"], ["--max-parades", "3"])
@@ -120,8 +123,8 @@ def test_yaml_config(parser, adapters, tmp_path):
     args = engine_args(parser, "--config", str(file))
     assert args.additional_config["mine"] == 1
     config = args.create_engine_config()
-    assert config.parade_config.max_parades == 5
-    assert [module.name for module in config.parade_config.parade_modules] == ["a", "b"]
+    assert ServingConfig.from_vllm_config(config).max_parades == 5
+    assert [module.name for module in ServingConfig.from_vllm_config(config).parade_modules] == ["a", "b"]
 
 
 def test_yaml_can_leave_it_off(parser, tmp_path):
@@ -176,5 +179,5 @@ class TestKeywords:
     def test_engine_config_can_be_made_twice(self, cls, model):
         args = cls(model, enable_parade=True, skip_tokenizer_init=True)
         first, second = args.create_engine_config(), args.create_engine_config()
-        assert first.parade_config == second.parade_config
+        assert ServingConfig.from_vllm_config(first) == ServingConfig.from_vllm_config(second)
         assert knobs(args) == {"enable_parade": True}

@@ -2,10 +2,12 @@
 """From the knobs to an engine's config, or to one clear refusal."""
 
 import json
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from vllm.config.utils import replace as vllm_replace
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -45,9 +47,9 @@ class TestEnabled:
         assert [module.name for module in carried.parade_modules] == ["a"]
 
     def test_tables_have_the_sites_that_static_adapters_name(self, engine_config, adapters):
-        assert engine_config(enable_parade=True).parade_config.sites == ("q", "v", "up")
+        assert ServingConfig.from_vllm_config(engine_config(enable_parade=True)).sites == ("q", "v", "up")
         config = engine_config(enable_parade=True, parade_modules=modules(adapters, "a", "five"))
-        assert config.parade_config.sites == ("q", "k", "v", "gate", "up")
+        assert ServingConfig.from_vllm_config(config).sites == ("q", "k", "v", "gate", "up")
 
     def test_keeps_others_additional_config(self, engine_config):
         config = engine_config(enable_parade=True, additional_config={"mine": 1})
@@ -60,7 +62,7 @@ class TestDisabled:
         plain = engine_config(additional_config={"mine": 1})
         config = engine_config(additional_config={"mine": 1}, **options)
         assert config.additional_config == {"mine": 1}
-        assert not hasattr(config, "parade_config")
+        assert not ServingConfig.from_vllm_config(config).enable_parade
         assert not ServingConfig.from_vllm_config(config).enable_parade
         assert config.scheduler_config.scheduler_cls is None
         assert config.parallel_config.worker_cls == plain.parallel_config.worker_cls
@@ -133,7 +135,7 @@ class TestBadAdapters:
     ("options", "flag"),
     [
         ({"enable_lora": True}, "--enable-lora"),
-        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "--speculative-config"),
+        ({"speculative_config": {"method": "ngram_gpu", "num_speculative_tokens": 2}}, "--speculative-config"),
         ({"long_prefill_token_threshold": 8}, "--long-prefill-token-threshold"),
         ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "--scheduler-cls"),
         ({"worker_cls": "mine.Worker"}, "--worker-cls mine.Worker"),
@@ -234,3 +236,13 @@ class TestErrorsOfACommandLine:
 
     def test_unsupported(self, exit_line):
         assert exit_line("--enable-parade", "--enable-lora").startswith("PARADE: --enable-lora cannot be used")
+
+
+def test_the_knobs_cross_to_other_processes(engine_config):
+    """Pickled as an engine core gets them, and copied as vLLM copies the config for a draft model."""
+    config = engine_config(enable_parade=True, max_parades=3)
+    copied = pickle.loads(pickle.dumps(config))
+    assert ServingConfig.from_vllm_config(copied) == ServingConfig.from_vllm_config(config)
+    assert ServingConfig.from_vllm_config(copied).max_parades == 3
+    assert copied.additional_config == config.additional_config
+    vllm_replace(config, quant_config=None)

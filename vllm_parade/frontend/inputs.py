@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.exceptions import VLLMValidationError
 
-from vllm_parade.config import ServingConfig
+from vllm_parade.config import ServingConfig, step_tokens
 from vllm_parade.frontend.adapters import AdapterRegistry, argument, with_argument
 from vllm_parade.request import EXTRA_ARGS_KEY, Instruction, ParadeRequest
 
@@ -67,11 +67,10 @@ def _instruction(
             parameter="instruction_tokens",
             value=tokens,
         )
-    scheduler = processor.vllm_config.scheduler_config
-    step_tokens = scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens
-    if tokens > step_tokens:
+    most = step_tokens(processor.vllm_config)
+    if tokens > most:
         raise VLLMValidationError(
-            f"the prompt has {tokens} tokens, but adapter {name!r} must read it in one step of at most {step_tokens} "
+            f"the prompt has {tokens} tokens, but adapter {name!r} must read it in one step of at most {most} "
             "tokens; shorten it, or start the server with a larger --max-num-batched-tokens",
             parameter="prompt",
         )

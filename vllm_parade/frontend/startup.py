@@ -13,7 +13,7 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from vllm_parade.adapter import AdapterError, BaseModelShape, load_adapter, load_config
-from vllm_parade.config import CONFIG_ATTRIBUTE, CONFIG_KEY, ParadeConfigError, ServingConfig, given_sites
+from vllm_parade.config import CONFIG_KEY, AdditionalConfig, ParadeConfigError, ServingConfig, given_sites
 from vllm_parade.frontend.arguments import COMMAND_LINE
 from vllm_parade.ops import OVERRIDE, use_kernels
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.parade.startup")
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+# Drafts that tests have shown to change no token.
+SPECULATIVE_METHODS = ("ngram", "draft_model")
 SCHEDULERS = {False: "vllm_parade.scheduler.ParadeScheduler", True: "vllm_parade.scheduler.ParadeAsyncScheduler"}
 WORKERS = {
     "vllm.v1.worker.cpu_worker.CPUWorker": "vllm_parade.worker.cpu.ParadeCPUWorker",
@@ -66,8 +68,8 @@ def _enable(vllm_config: "VllmConfig", config: ServingConfig, served_names: str 
     vllm_config.scheduler_config.scheduler_cls = SCHEDULERS[bool(vllm_config.scheduler_config.async_scheduling)]
     vllm_config.parallel_config.worker_cls = WORKERS[vllm_config.parallel_config.worker_cls]
     num_rows = config.num_rows(vllm_config.scheduler_config.max_num_seqs)
-    vllm_config.additional_config = {**vllm_config.additional_config, CONFIG_KEY: config.hashed(num_rows)}
-    setattr(vllm_config, CONFIG_ATTRIBUTE, config)
+    entries = {**vllm_config.additional_config, CONFIG_KEY: config.hashed(num_rows)}
+    vllm_config.additional_config = AdditionalConfig(entries, config)
 
 
 def _with_sites(config: ServingConfig) -> ServingConfig:
@@ -118,7 +120,7 @@ def refuse_unsupported(vllm_config: "VllmConfig") -> None:
 
 def _unsupported(vllm_config: "VllmConfig") -> list[tuple[str, bool, str]]:
     model, parallel, scheduler = vllm_config.model_config, vllm_config.parallel_config, vllm_config.scheduler_config
-    compilation = vllm_config.compilation_config
+    compilation, speculative = vllm_config.compilation_config, vllm_config.speculative_config
     architecture = (model.architectures or ["?"])[0]
     environment = {name: os.environ.get(name, "0") not in ("", "0") for name in os.environ}
     return [
@@ -146,8 +148,8 @@ def _unsupported(vllm_config: "VllmConfig") -> list[tuple[str, bool, str]]:
         ("--enable-lora", vllm_config.lora_config is not None, "one engine serves LoRA or PARADE adapters, not both"),
         (
             "--speculative-config",
-            vllm_config.speculative_config is not None,
-            "drafts are not supported yet; drop it",
+            speculative is not None and speculative.method not in SPECULATIVE_METHODS,
+            f"supported methods are {', '.join(SPECULATIVE_METHODS)}",
         ),
         ("--enable-dbo", bool(parallel.enable_dbo), "vectors are looked up by token position, which it cuts up"),
         (

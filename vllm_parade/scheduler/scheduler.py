@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.v1.request import RequestStatus
 
-from vllm_parade.config import ServingConfig
+from vllm_parade.config import ServingConfig, step_tokens
 from vllm_parade.request import PLAN_ATTRIBUTE, Instruction, InstructionKey, StepPlan
 from vllm_parade.scheduler.rows import RowCache
 
@@ -82,7 +82,7 @@ class ParadeSchedulerMixin(Base):
         if not can_start or len(self.running) >= self.max_num_running_reqs:
             return None
         instruction = self._unread(request)
-        return None if instruction is None else self.max_num_scheduled_tokens - instruction.tokens
+        return None if instruction is None else step_tokens(self.vllm_config) - instruction.tokens
 
     def _unread(self, request: "Request") -> Instruction | None:
         """The instruction that a request must read itself; None if a row holds its vectors, or needs to hold none."""

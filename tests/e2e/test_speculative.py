@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Speculative decoding: drafts change how many steps an answer takes, and no token of it."""
+
+from collections.abc import Iterator
+from types import MappingProxyType
+from typing import Any
+
+import pytest
+from vllm.exceptions import VLLMValidationError
+from vllm.triton_utils import dispatcher
+
+from tests.engines import engine, greedy, manager, prompts
+from tests.oracle import Oracle
+from vllm_parade import ParadeRequest
+from vllm_parade.config import step_tokens
+
+pytestmark = pytest.mark.engine
+
+METHODS = {
+    # Tokens that followed the same two before.
+    "ngram": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1},
+    # The base model as its own draft: a model of the same class, which must not be adjusted.
+    "draft_model": {"method": "draft_model", "num_speculative_tokens": 2},
+}
+
+
+def dict_of(value: Any) -> Any:
+    """`vars`, for objects that answer to any name: llvmlite's library is one, and has no `__dict__` in truth.
+
+    vLLM 0.32 looks at all modules' values when a CPU engine loads a draft model, and trips over it.
+    """
+    found = vars(value)
+    return found if isinstance(found, (dict, MappingProxyType)) else {}
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def llm(request: pytest.FixtureRequest, smollm: str) -> Iterator[Any]:
+    config = dict(METHODS[request.param])
+    if request.param == "draft_model":
+        config["model"] = smollm
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatcher, "vars", dict_of, raising=False)
+        with engine(smollm, enable_parade=True, speculative_config=config, max_num_batched_tokens=256) as llm:
+            yield llm
+
+
+def accepted(llm: Any) -> float:
+    """Drafted tokens that became part of an answer."""
+    (count,) = [m.value for m in llm.get_metrics() if m.name == "vllm:spec_decode_num_accepted_tokens"]
+    return float(count)
+
+
+def test_answers_are_the_oracles(
+    llm: Any, oracle: Oracle, variants: dict[str, ParadeRequest], trained: dict[str, ParadeRequest]
+) -> None:
+    """Prompts of as many tokens as a decode step with drafts has, and of one, among them."""
+    questions = prompts([1, 3, 4, 20, 60, 2, 30, 100], seed=30)
+    # Something to look up.
+    questions += [{"prompt_token_ids": question["prompt_token_ids"] * 3} for question in questions[3:6]]
+    choice = [None, variants["strong"], trained["sst2"]]
+    requests = [choice[number % 3] for number in range(len(questions))]
+    before = accepted(llm)
+    outputs = llm.generate(questions, greedy(24), parade_request=requests, use_tqdm=False)
+    oracle.check(outputs, requests)
+    assert accepted(llm) > before
+
+
+def test_a_prompt_that_fills_a_step(llm: Any, oracle: Oracle, variants: dict[str, ParadeRequest]) -> None:
+    """Drafts take room of a step: what fits is answered, what does not is refused, and nobody waits for ever."""
+    most, strong = step_tokens(llm.llm_engine.vllm_config), variants["strong"]
+    outputs = llm.generate(prompts([most], seed=31), greedy(), parade_request=strong, use_tqdm=False)
+    oracle.check(outputs, [strong])
+    with pytest.raises(VLLMValidationError, match=f"in one step of at most {most} tokens"):
+        llm.generate(prompts([most + 1], seed=31), greedy(), parade_request=strong, use_tqdm=False)
+
+
+def test_a_second_request_finds_vectors_and_blocks(
+    llm: Any, oracle: Oracle, variants: dict[str, ParadeRequest]
+) -> None:
+    question = prompts([130], seed=32)
+    for _ in range(2):
+        outputs = llm.generate(question, greedy(), parade_request=variants["strong"], use_tqdm=False)
+        oracle.check(outputs, [variants["strong"]])
+    assert outputs[0].num_cached_tokens >= 64
+
+
+def test_the_draft_model_stays_clean(llm: Any) -> None:
+    runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    drafter = getattr(runner.drafter, "model", None)
+    adjusted = [module for module in runner.get_model().modules() if hasattr(module, "parade_table")]
+    assert len(adjusted) == 3 * len(manager(llm).slots.layers)
+    if drafter is not None:
+        assert not any(module._forward_hooks for module in drafter.modules())
