@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,14 +19,26 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
+def dict_of(value: Any) -> Any:
+    """`vars`, for objects that answer to any name: llvmlite's library is one, and has no `__dict__` in truth.
+
+    vLLM 0.32 looks at all modules' values when a CPU engine starts, and trips over it once numba is loaded, as
+    speculative decoding does.
+    """
+    found = vars(value)
+    return found if isinstance(found, (dict, MappingProxyType)) else {}
+
+
 @contextmanager
 def engine(model: str, **options: Any) -> Iterator[Any]:
     """An `LLM`; its engine core and worker live in this process, so that tests can look at them."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.triton_utils import dispatcher
 
     import vllm_parade  # noqa: F401  teaches LLM its keywords
 
+    vars(dispatcher)["vars"] = dict_of
     if options.get("enable_parade"):
         # Test adapters have ranks up to 24.
         options = {"max_parade_rank": 32, **options}

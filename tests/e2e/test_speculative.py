@@ -2,12 +2,10 @@
 """Speculative decoding: drafts change how many steps an answer takes, and no token of it."""
 
 from collections.abc import Iterator
-from types import MappingProxyType
 from typing import Any
 
 import pytest
 from vllm.exceptions import VLLMValidationError
-from vllm.triton_utils import dispatcher
 
 from tests.engines import engine, greedy, manager, prompts
 from tests.oracle import Oracle
@@ -24,24 +22,13 @@ METHODS = {
 }
 
 
-def dict_of(value: Any) -> Any:
-    """`vars`, for objects that answer to any name: llvmlite's library is one, and has no `__dict__` in truth.
-
-    vLLM 0.32 looks at all modules' values when a CPU engine loads a draft model, and trips over it.
-    """
-    found = vars(value)
-    return found if isinstance(found, (dict, MappingProxyType)) else {}
-
-
 @pytest.fixture(scope="module", params=METHODS)
 def llm(request: pytest.FixtureRequest, smollm: str) -> Iterator[Any]:
     config = dict(METHODS[request.param])
     if request.param == "draft_model":
         config["model"] = smollm
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dispatcher, "vars", dict_of, raising=False)
-        with engine(smollm, enable_parade=True, speculative_config=config, max_num_batched_tokens=256) as llm:
-            yield llm
+    with engine(smollm, enable_parade=True, speculative_config=config, max_num_batched_tokens=256) as llm:
+        yield llm
 
 
 def accepted(llm: Any) -> float:
