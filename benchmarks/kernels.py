@@ -42,7 +42,7 @@ class Kernels:
         numbers, hidden = range(self.shape.num_layers), self.shape.hidden_size
         max_rank = ServingConfig().max_parade_rank
         self.batch = BatchMetadata.make(MAX_TOKENS, MAX_NUM_SEQS, max_rank, DEVICE)
-        shards = [SiteShard(site, self.shape.widths[site], 0, 0) for site in self.config.sites]
+        shards = [SiteShard(site, self.shape.widths[site], 0) for site in self.config.sites]
         self.layers = [ParadeLayer(n, shards, MAX_NUM_SEQS + 1, self.batch, DEVICE, DTYPE) for n in numbers]
         width = self.shape.output_width(self.config.sites)
         slots = SlotWeights(NUM_SLOTS, len(numbers), hidden, width, max_rank, DEVICE, DTYPE)

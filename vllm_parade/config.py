@@ -166,11 +166,16 @@ class ServingConfig:
         return {"source": hashlib.sha256(traced).hexdigest(), "sites": list(self.sites), "rows": num_rows}
 
 
+def drafting_slots(vllm_config: "VllmConfig") -> int:
+    """Tokens of a step's batch that vLLM sets aside for each of its requests, beside those scheduled, to draft with."""
+    speculative = vllm_config.speculative_config
+    return speculative.max_num_new_slots_for_drafting if speculative is not None else 0
+
+
 def step_tokens(vllm_config: "VllmConfig") -> int:
     """Tokens of the longest instruction: it passes in one step, which leaves a drafting request's own slots free."""
-    scheduler, speculative = vllm_config.scheduler_config, vllm_config.speculative_config
-    drafting = speculative.max_num_new_slots_for_drafting if speculative is not None else 0
-    room = scheduler.max_num_batched_tokens - drafting
+    scheduler = vllm_config.scheduler_config
+    room = scheduler.max_num_batched_tokens - drafting_slots(vllm_config)
     return min(scheduler.max_num_scheduled_tokens or room, room)
 
 

@@ -62,7 +62,7 @@ class TestDisabled:
         plain = engine_config(additional_config={"mine": 1})
         config = engine_config(additional_config={"mine": 1}, **options)
         assert config.additional_config == {"mine": 1}
-        assert not ServingConfig.from_vllm_config(config).enable_parade
+        assert type(config.additional_config) is dict
         assert not ServingConfig.from_vllm_config(config).enable_parade
         assert config.scheduler_config.scheduler_cls is None
         assert config.parallel_config.worker_cls == plain.parallel_config.worker_cls

@@ -5,6 +5,7 @@ vLLM 0.32 lets nobody pass a waiting request that does not fit; 0.33 lets everyb
 """
 
 import random
+from types import SimpleNamespace
 
 import pytest
 
@@ -52,10 +53,22 @@ def test_running_requests_stop_only_as_far_as_they_must(make_engine):
 def test_they_do_not_stop_for_one_that_lacks_something_else(make_engine):
     """4 blocks of 4 tokens, of which a takes two: c needs three. Nobody makes room that c could not use."""
     engine = make_engine(step_tokens=12, blocks=5)
-    engine.add("a", 5, max_tokens=4)
+    engine.add("a", 5, max_tokens=10)
     engine.add("c", 10, "A")
     alone = ({"a": 1}, "a", "c", {}, "")
-    engine.expect(({"a": 5}, "a", "c", {}, ""), alone, alone, alone, ({"c": 10}, "c", "", {"c": 1}, "c"))
+    engine.expect(({"a": 5}, "a", "c", {}, ""), *[alone] * 9, ({"c": 10}, "c", "", {"c": 1}, "c"))
+
+
+def test_room_for_drafting_is_made_too(make_engine):
+    """Each request of a step sets one more of its 8 tokens aside: beside c's 4 there is room for one of two others."""
+    engine = make_engine(step_tokens=8)
+    engine.scheduler.vllm_config.speculative_config = SimpleNamespace(max_num_new_slots_for_drafting=1)
+    engine.scheduler.drafting = 1
+    engine.add("a", 1)
+    engine.add("b", 1)
+    engine.add("c", 4, "A")
+    both = ({"a": 1, "b": 1}, "ab", "c", {}, "")
+    engine.expect(both, both, both, both, ({"a": 1, "c": 4}, "abc", "", {"c": 1}, "c"))
 
 
 def test_an_aborted_request_is_waited_for_no_longer(make_engine):
@@ -123,7 +136,7 @@ def test_a_crowd_with_favourites(make_engine, overtaking):
     for _ in range(2000):
         if not engine.scheduler.requests:
             break
-        started = [name for name in engine.step()[4:5][0].split("r") if name]
+        started = [name for name in engine.step()[4].split("r") if name]
         for name in (f"r{digits}" for digits in started):
             del waiting[name]
             for other in waiting:

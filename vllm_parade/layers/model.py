@@ -2,11 +2,12 @@
 """The one loop that teaches a loaded model: forward hooks on three modules of every decoder layer.
 
 Hooks sit on instances, so a draft model of the same class stays clean, and names of parameters do not change, so
-weights can be loaded again. Scaling is plain PyTorch, which a compiler fuses with what follows (rotary embedding and
-copying to the KV cache's layout, SiLU and multiplication).
+weights can be loaded again. Scaling is plain PyTorch, which a compiler fuses with what follows (rotary embedding,
+SiLU and multiplication).
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -77,20 +78,13 @@ def _generate_vectors(norm: Any, args: tuple[Tensor, ...], output: Tensor | tupl
 
 def _hook_projection(projection: Any, shards: list[SiteShard], layer: ParadeLayer, hook: Callable[..., Any]) -> None:
     """`shards` are the parts of the projection's output, in order."""
-    columns = {shard.name: column for shard, column in _columns(layer)}
+    ends = accumulate(shard.width for shard in layer.shards)
+    columns = {shard.name: end - shard.width for shard, end in zip(layer.shards, ends, strict=True)}
     if any(shard.name in columns for shard in shards):
         projection.parade_parts = tuple((shard.width, columns.get(shard.name)) for shard in shards)
         projection.register_buffer("parade_table", layer.table, persistent=False)
         projection.register_buffer("parade_token_rows", layer.batch.token_rows, persistent=False)
         projection.register_forward_hook(hook)
-
-
-def _columns(layer: ParadeLayer) -> Iterator[tuple[SiteShard, int]]:
-    """The layer's sites, with the first column of each in the table."""
-    column = 0
-    for shard in layer.shards:
-        yield shard, column
-        column += shard.width
 
 
 def _vectors(projection: Any, num_tokens: int) -> Iterator[tuple[int, Tensor | None]]:

@@ -17,32 +17,30 @@ class SiteShard:
     """q, k, v, gate or up."""
     width: int
     """Entries on this rank."""
-    output_start: int
-    """First column in the output of the fused projection."""
     model_start: int
     """First entry within the site's vector of the whole model."""
 
 
 def qkv_shards(projection: Any) -> list[SiteShard]:
-    """Sites of a QKVParallelLinear, whose output is [q | k | v] of this rank's heads."""
+    """Sites of a QKVParallelLinear in the order of its output, [q | k | v] of this rank's heads."""
     query = projection.num_heads * projection.head_size
     key = projection.num_kv_heads * projection.head_size
     value = projection.num_kv_heads * projection.v_head_size
     # With fewer KV heads than ranks, neighbouring ranks hold copies of the same head.
     kv_rank = projection.tp_rank // projection.num_kv_head_replicas
     return [
-        SiteShard("q", query, 0, projection.tp_rank * query),
-        SiteShard("k", key, query, kv_rank * key),
-        SiteShard("v", value, query + key, kv_rank * value),
+        SiteShard("q", query, projection.tp_rank * query),
+        SiteShard("k", key, kv_rank * key),
+        SiteShard("v", value, kv_rank * value),
     ]
 
 
 def gate_up_shards(projection: Any) -> list[SiteShard]:
-    """Sites of a MergedColumnParallelLinear, whose output is [gate | up] of this rank's columns."""
+    """Sites of a MergedColumnParallelLinear in the order of its output, [gate | up] of this rank's columns."""
     gate, up = (size // projection.tp_size for size in projection.output_sizes)
     return [
-        SiteShard("gate", gate, 0, projection.tp_rank * gate),
-        SiteShard("up", up, gate, projection.tp_rank * up),
+        SiteShard("gate", gate, projection.tp_rank * gate),
+        SiteShard("up", up, projection.tp_rank * up),
     ]
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.v1.request import RequestStatus
 
-from vllm_parade.config import ServingConfig, step_tokens
+from vllm_parade.config import ServingConfig, drafting_slots, step_tokens
 from vllm_parade.request import PLAN_ATTRIBUTE, Instruction, InstructionKey, StepPlan
 from vllm_parade.scheduler.rows import RowCache
 
@@ -52,8 +52,9 @@ class ParadeSchedulerMixin(Base):
         self.squeezed: Request | None = None
         self.squeezed_steps = 0
         self.step_squeezed: Request | None = None
-        # Tokens of this step that running requests may take; None where it is not for us to say.
+        # Tokens of this step that running requests may take, drafting slots included; None where they are free to.
         self.share: int | None = None
+        self.drafting = drafting_slots(self.vllm_config)
 
     def schedule(self, *args: Any, **kwargs: Any) -> "SchedulerOutput":
         """Plan a step; the adapters that read instructions in it must fit on the device together."""
@@ -61,12 +62,11 @@ class ParadeSchedulerMixin(Base):
         self.step_readers.clear()
         self.step_squeezed = None
         self.share = self._share_of_running()
-        made_room = self.share is not None
         output = super().schedule(*args, **kwargs)
         if self.step_squeezed is None and output.total_num_scheduled_tokens == self.max_num_scheduled_tokens:
             # Nobody waiting was even looked at.
             self.step_squeezed = self.waiting.peek_request() if self.waiting else None
-        if made_room:
+        if self.share is not None:
             # If something else than room was missing, the others do not wait for it in the next step again.
             self.squeezed, self.squeezed_steps = None, 0
         elif self.step_squeezed is not None:
@@ -108,13 +108,12 @@ class ParadeSchedulerMixin(Base):
     def _reserve_prefill_lookahead(self, request: "Request", num_computed_tokens: int, num_new_tokens: int) -> int:
         instruction = self._unread(request)
         if instruction is None and self.share is not None and request.status == RequestStatus.RUNNING:
-            num_new_tokens = min(num_new_tokens, self.share)
-            self.share -= num_new_tokens
+            num_new_tokens = max(0, min(num_new_tokens, self.share - self.drafting))
+            self.share -= num_new_tokens + self.drafting if num_new_tokens else 0
         if instruction is not None:
-            if num_computed_tokens > 0 or num_new_tokens < instruction.tokens:
+            if num_new_tokens < instruction.tokens:
                 self.step_squeezed = self.step_squeezed or request
-                return 0
-            if not self._can_generate(instruction):
+            if num_computed_tokens > 0 or num_new_tokens < instruction.tokens or not self._can_generate(instruction):
                 return 0
             if request is self.squeezed:
                 self.squeezed = None
