@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.scheduler.conftest import BLOCK
+from tests.strategies import weighted
 from vllm_parade.request import IDENTITY_ROW, PLAN_ATTRIBUTE, Instruction
 
 # Prompts that share beginnings, of 1 to 17 tokens; a few of each kind so that equal requests meet.
@@ -24,11 +25,10 @@ ADD = st.tuples(
     st.integers(1, 12),
     st.integers(0, 2),
 )
-EVENT = st.one_of(
-    ADD, ADD, st.just(("step",)), st.just(("step",)), st.just(("step",)), st.tuples(st.just("abort"), st.integers(0, 9))
-)
+STEP = st.just(("step",))
+ABORT = st.tuples(st.just("abort"), st.integers(0, 9))
 RESET = st.tuples(st.just("reset"), st.booleans())
-SCENARIO = st.lists(st.one_of(*[EVENT] * 12, RESET), min_size=30, max_size=80)
+SCENARIO = st.lists(weighted({ADD: 24, STEP: 36, ABORT: 12, RESET: 2}), min_size=30, max_size=80)
 SIZES = st.fixed_dictionaries(
     {
         "step_tokens": st.sampled_from([17, 24, 64]),
