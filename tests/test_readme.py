@@ -6,6 +6,8 @@ from pathlib import Path
 
 from vllm_parade.config import ServingConfig, flag_name
 from vllm_parade.frontend import startup
+from vllm_parade.frontend.metrics import DOCUMENTATION
+from vllm_parade.stats import PREFIX, RowCounts
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -19,6 +21,12 @@ def section(title: str) -> str:
 def test_every_flag_is_described() -> None:
     described = re.findall(r"^\| `(--[a-z-]+)` \|", section("Serving online"), re.MULTILINE)
     assert described == [flag_name(name) for name in ServingConfig.__dataclass_fields__]
+
+
+def test_every_metric_is_described() -> None:
+    described = re.findall(r"^\| `vllm:([a-z_]+)_total` \|", section("Serving online"), re.MULTILINE)
+    counted = [PREFIX + name for name in RowCounts.__dataclass_fields__]
+    assert described == counted == [PREFIX + name for name in DOCUMENTATION]
 
 
 def test_every_refusal_is_described() -> None:

@@ -7,6 +7,7 @@ for.
 
 import inspect
 import re
+from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 
@@ -16,6 +17,8 @@ import wrapt
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.metrics import loggers
+from vllm.v1.metrics.stats import LoRARequestStates, SchedulerStats
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -135,6 +138,7 @@ class TestOverrides:
             (Scheduler, "_preempt_request", ["request"]),
             (Scheduler, "_free_request", ["request"]),
             (Scheduler, "reset_prefix_cache", ["reset_running_requests", "reset_connector"]),
+            (Scheduler, "make_stats", []),
             (GPUModelRunner, "_prepare_inputs", ["scheduler_output", "num_scheduled_tokens"]),
             (GPUModelRunner, "_determine_batch_execution_and_padding", ["force_uniform_decode"]),
             (GPUModelRunner, "_dummy_run", ["num_tokens"]),
@@ -165,6 +169,7 @@ class TestOverrides:
             (Scheduler, "reset_prefix_cache", "self._preempt_request(", 1),
             (Scheduler, "finish_requests", "self._free_request(request", 1),
             (Scheduler, "update_from_output", "self._free_request(request", 1),
+            (Scheduler, "update_from_output", "self.make_stats(", 1),
             (AsyncScheduler, "_update_after_schedule", "super()._update_after_schedule(scheduler_output)", 1),
             (GPUModelRunner, "execute_model", "self._prepare_inputs(", 1),
             (GPUModelRunner, "execute_model", "self._determine_batch_execution_and_padding(", 1),
@@ -218,6 +223,46 @@ class TestOverrides:
         (action,) = [action for action in parser._actions if "--additional-config" in action.option_strings]
         assert type(action).__name__ == "MergeAdditionalConfig", f"--additional-config. {HELP}"
         assert action.dest == "additional_config"
+
+
+class TestStats:
+    """What row counts need on their way from the scheduler to /metrics; test_metrics says what comes of it."""
+
+    def test_stats_have_a_field_that_can_carry_counts(self):
+        (field,) = [field for field in fields(SchedulerStats) if field.name == "running_lora_adapters"]
+        assert field.type == dict[str, int], f"SchedulerStats.running_lora_adapters is {field.type} now. {HELP}"
+
+    def test_only_lora_reads_it(self):
+        """PARADE refuses LoRA, so the counts are in nobody's way."""
+        source = inspect.getsource(loggers)
+        read = r"if self\.gauge_lora_info is not None:\s+running_lora_adapters = [^=]*stats\.running_lora_adapters"
+        assert len(re.findall(read, source)) == 1, f"{loggers.__name__}. {HELP}"
+        assert source.count("stats.running_lora_adapters") == 1, f"{loggers.__name__}. {HELP}"
+
+    def test_the_front_end_leaves_what_is_in_it(self):
+        """It adds the names of LoRA adapters."""
+        stats = SchedulerStats(running_lora_adapters={"parade_row_hits": 1})
+        states = LoRARequestStates(log_stats=True)
+        states.request_running("request", "adapter")
+        states.update_scheduler_stats(stats)
+        assert stats.running_lora_adapters == {"parade_row_hits": 1, "adapter": 1}, f"LoRARequestStates. {HELP}"
+
+    @pytest.mark.parametrize("engine", ["llm_engine:LLMEngine", "async_llm:AsyncLLM"])
+    def test_front_ends_have_a_manager_where_stats_are_on(self, engine):
+        module, name = engine.split(":")
+        source = inspect.getsource(getattr(import_module(f"vllm.v1.engine.{module}"), name).__init__)
+        wanted = r"if self\.log_stats:\n\s+self\.logger_manager = StatLoggerManager\("
+        assert len(re.findall(wanted, source)) == 1, f"{name}.__init__. {HELP}"
+
+    def test_the_manager_tells_its_loggers(self):
+        source = inspect.getsource(loggers.StatLoggerManager)
+        for used in ("self.engine_indexes = ", "stat_logger in self.stat_loggers:", "logger in self.stat_loggers:"):
+            assert used in source, f"StatLoggerManager without {used!r}. {HELP}"
+
+    def test_making_vllms_logger_drops_all_counters(self):
+        """So ours are made after it, and a second engine of a process registers none of them twice."""
+        source = inspect.getsource(loggers.PrometheusStatLogger.__init__)
+        assert "unregister_vllm_metrics()" in source, f"PrometheusStatLogger. {HELP}"
 
 
 class TestRegister:

@@ -81,6 +81,9 @@ SEAMS = (
         f"{FRONTEND}.inputs:process_inputs",
         ("params", "lora_request", "resumable"),
     ),
+    Seam(
+        "vllm.v1.metrics.loggers", "StatLoggerManager.__init__", f"{FRONTEND}.metrics:add_stat_logger", ("vllm_config",)
+    ),
 )
 
 

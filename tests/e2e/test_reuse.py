@@ -51,15 +51,22 @@ def since(llm: Any, before: tuple[int, int, int]) -> tuple[int, ...]:
     return tuple(now - then for now, then in zip(counts(llm), before, strict=True))
 
 
+def metrics(llm: Any) -> list[int]:
+    """Hits, misses and evictions, as vLLM's metrics tell them."""
+    values = {metric.name: metric.value for metric in llm.get_metrics() if "parade" in metric.name}
+    return [values[f"vllm:parade_row_{name}"] for name in ("hits", "misses", "evictions")]
+
+
 def test_a_second_identical_request_reads_almost_nothing(
     llm: Any, oracle: Oracle, variants: dict[str, ParadeRequest], scheduled: list[int]
 ) -> None:
-    question, before = prompts([512], seed=20), counts(llm)
+    question, before, served_before = prompts([512], seed=20), counts(llm), metrics(llm)
     for _ in range(2):
         outputs = llm.generate(question, greedy(), parade_request=variants["strong"], use_tqdm=False)
         oracle.check(outputs, [variants["strong"]])
     assert outputs[0].num_cached_tokens >= 0.9 * 512
     assert since(llm, before) == (1, 1, 0)
+    assert [now - then for now, then in zip(metrics(llm), served_before, strict=True)] == [1, 1, 0]
 
 
 def test_a_second_turn_with_the_same_instruction(

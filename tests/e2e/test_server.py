@@ -2,10 +2,12 @@
 
 import asyncio
 import json
+import re
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Coroutine, Iterator
-from itertools import cycle
+from itertools import cycle, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -80,6 +82,14 @@ def question(model: str, prompt: list[int], max_tokens: int = 8, **extra: Any) -
         "logprobs": 1,
         "extra_body": body,
     }
+
+
+def row_counts(url: str) -> dict[str, int]:
+    """Hits, misses and evictions of vector rows, as /metrics tells them."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=30) as response:
+        text = response.read().decode()
+    pattern = rf'^vllm:parade_row_(\w+)_total{{engine="0",model_name="{BASE}"}} (\S+)$'
+    return {name: int(float(value)) for name, value in re.findall(pattern, text, re.MULTILINE)}
 
 
 def as_output(prompt: list[int], answer: list[int], logprobs: list[float]) -> Any:
@@ -160,6 +170,18 @@ def test_beam_search_keeps_its_instruction(url: str, oracle: Oracle, adapters: d
         model.unload()
     served = [choice.token_ids[-6:] for choice in answer.choices]
     assert served == wanted[:, len(prompt) :].tolist()
+
+
+def test_metrics_count_rows(url: str) -> None:
+    """The first request is read by a generator, the second finds its row, the base model's needs none."""
+    prompt = prompts([40], seed=24)[0]["prompt_token_ids"]
+    seen = [row_counts(url)]
+    for model in ("sst2", "sst2", BASE):
+        ask_together(url, question(model, prompt))
+        seen.append(row_counts(url))
+    changes = [{name: now[name] - then[name] for name in then} for then, now in pairwise(seen)]
+    nothing = {"hits": 0, "misses": 0, "evictions": 0}
+    assert changes == [{**nothing, "misses": 1}, {**nothing, "hits": 1}, nothing]
 
 
 def test_example_client(url: str) -> None:

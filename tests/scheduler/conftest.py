@@ -120,7 +120,16 @@ def make_engine(tmp_path):
     config.save_pretrained(tmp_path)
     init_none_hash(sha256)
 
-    def make(step_tokens=16, max_num_seqs=4, blocks=1000, pipeline=0, vector_cache=0, overtaking=False, **options):
+    def make(
+        step_tokens=16,
+        max_num_seqs=4,
+        blocks=1000,
+        pipeline=0,
+        vector_cache=0,
+        overtaking=False,
+        log_stats=False,
+        **options,
+    ):
         vllm_config = EngineArgs(
             str(tmp_path),
             skip_tokenizer_init=True,
@@ -144,6 +153,7 @@ def make_engine(tmp_path):
             structured_output_manager=StructuredOutputManager(vllm_config),
             block_size=BLOCK,
             hash_block_size=BLOCK,
+            log_stats=log_stats,
         )
         return Engine(scheduler, pipeline=pipeline)
 

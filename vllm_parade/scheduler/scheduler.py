@@ -20,10 +20,12 @@ from vllm.v1.request import RequestStatus
 from vllm_parade.config import ServingConfig, drafting_slots, step_tokens
 from vllm_parade.request import PLAN_ATTRIBUTE, Instruction, InstructionKey, StepPlan
 from vllm_parade.scheduler.rows import RowCache
+from vllm_parade.stats import RowCounts
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.core.sched.scheduler import Scheduler as Base
+    from vllm.v1.metrics.stats import SchedulerStats
     from vllm.v1.request import Request
 else:
     Base = object
@@ -163,3 +165,10 @@ class ParadeSchedulerMixin(Base):
         done = super().reset_prefix_cache(*args, **kwargs)
         self.rows.forget()
         return done
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> "SchedulerStats | None":
+        """A step's stats, with the row counts on them; None where stats are off."""
+        stats = super().make_stats(*args, **kwargs)
+        if stats is not None:
+            RowCounts(self.rows.hits, self.rows.misses, self.rows.evictions).put(stats)
+        return stats

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The scheduler's counts in /metrics, in `LLM.get_metrics` and in the log."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client import Counter
+from vllm.logger import init_logger
+from vllm.v1.metrics.loggers import AggregateStatLoggerBase
+from vllm.v1.metrics.utils import create_metric_per_engine
+
+from vllm_parade.config import ServingConfig
+from vllm_parade.frontend.adapters import argument
+from vllm_parade.stats import PREFIX, RowCounts
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.metrics.loggers import StatLoggerManager
+    from vllm.v1.metrics.stats import SchedulerStats
+
+logger = init_logger("vllm.parade.metrics")
+
+LABELS = ["model_name", "engine"]
+DOCUMENTATION = {
+    "hits": "Requests under an adapter that found a row with their vectors, so that no generator ran.",
+    "misses": "Requests under an adapter whose instruction was read by a generator.",
+    "evictions": "Rows with vectors that were overwritten for another instruction.",
+}
+
+
+def add_stat_logger(
+    wrapped: Callable[..., None], instance: "StatLoggerManager", args: tuple, kwargs: dict[str, Any]
+) -> None:
+    """Wraps StatLoggerManager.__init__: where PARADE is enabled, a stat logger of its own comes last."""
+    wrapped(*args, **kwargs)
+    vllm_config = argument(wrapped, args, kwargs, "vllm_config")
+    if ServingConfig.from_vllm_config(vllm_config).enable_parade:
+        # Not before vLLM's own: making its Prometheus logger takes every collector named vllm: off the registry.
+        # That also keeps a second engine in one process from registering ours twice.
+        instance.stat_loggers.append(ParadeStatLogger(vllm_config, instance.engine_indexes))
+
+
+class ParadeStatLogger(AggregateStatLoggerBase):
+    """Row counts as Prometheus counters beside vLLM's, and as a line after vLLM's periodic one."""
+
+    def __init__(self, vllm_config: "VllmConfig", engine_indexes: list[int]) -> None:
+        model_name = vllm_config.model_config.served_model_name
+        labels: dict[int, list[object]] = {index: [model_name, str(index)] for index in engine_indexes}
+        self.counters = {
+            name: create_metric_per_engine(Counter(f"vllm:{PREFIX}{name}", text, LABELS), labels)
+            for name, text in DOCUMENTATION.items()
+        }
+        # By engine, as last recorded and as of the last line in the log.
+        self.recorded = dict.fromkeys(engine_indexes, RowCounts())
+        self.logged = dict(self.recorded)
+
+    def record(
+        self,
+        scheduler_stats: "SchedulerStats | None",
+        iteration_stats: Any,
+        mm_cache_stats: Any = None,
+        engine_idx: int = 0,
+    ) -> None:
+        """Take note of one step of an engine."""
+        counts = None if scheduler_stats is None else RowCounts.of(scheduler_stats)
+        # Most steps change nothing: decoding needs no row that the request does not hold.
+        if counts is None or counts == self.recorded[engine_idx]:
+            return
+        for name, value in vars(counts - self.recorded[engine_idx]).items():
+            self.counters[name][engine_idx].inc(value)
+        self.recorded[engine_idx] = counts
+
+    def log(self) -> None:
+        """Write what was counted since the last line, if anything was."""
+        for engine_idx, counts in self.recorded.items():
+            new = counts - self.logged[engine_idx]
+            asked = new.hits + new.misses
+            if asked:
+                text = "Engine %03d: PARADE row hits: %d, misses: %d, evictions: %d, hit rate: %.1f%%"
+                logger.info(text, engine_idx, new.hits, new.misses, new.evictions, 100 * new.hits / asked)
+        self.logged = dict(self.recorded)
+
+    def log_engine_initialized(self) -> None:
+        """Nothing to tell yet."""
