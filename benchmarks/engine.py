@@ -128,9 +128,13 @@ class Variant:
 
     def run(self, batch: int, length: int, tokens: int, requests: Sequence[Any] = ()) -> float:
         """Seconds for a batch of fresh prompts, `tokens` tokens each, each prompt with the next adapter."""
+        return self.ask(self.prompts(batch, length), tokens, requests)
+
+    def ask(self, prompts: list[dict[str, list[int]]], tokens: int, requests: Sequence[Any] = ()) -> float:
+        """Seconds for these prompts, likewise."""
         from vllm import SamplingParams
 
-        prompts, chosen = self.prompts(batch, length), self.chosen(requests, batch)
+        chosen = self.chosen(requests, len(prompts))
         params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
         started = time.perf_counter()
         outputs = self.llm.generate(prompts, params, use_tqdm=False, **chosen)

@@ -34,6 +34,7 @@ TABLES = {
     "loading": Columns(("adapters",), others=("seconds", "ms_per_adapter")),
     "decode": Columns(("batch", "length"), ("step_ms",), ("step_ms_p20", "step_ms_p80", "tokens_per_s")),
     "prefill": Columns(("batch", "length"), ("ttft_ms",), ("ttft_ms_p20", "ttft_ms_p80")),
+    "repeat": Columns(("batch", "length"), ("ttft_ms",), ("ttft_ms_p20", "ttft_ms_p80", "first_ms")),
     "tenants": Columns(("adapters", "popularity"), others=("ttft_ms", "ttft_ms_p20", "ttft_ms_p80", "tokens_per_s")),
     "table4": Columns((), ("beam1_tokens_per_s", "beam3_tokens_per_s"), ("beam1_mib", "beam3_mib")),
     "memory": Columns((), ("peak_mib",), ("start_mib", "tables_mib", "slots_mib", "beside_mib")),

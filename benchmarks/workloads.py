@@ -34,6 +34,7 @@ class Points:
     tenants: tuple[int, ...] = (1, 8, 64, 512, 1000)
     requests: int = 512
     singles: int = 30
+    repeated: int = 512
     answer: int = 32
 
 
@@ -45,6 +46,7 @@ TINY = Points(
     tenants=(1, 4),
     requests=8,
     singles=4,
+    repeated=40,
     answer=4,
 )
 
@@ -121,6 +123,20 @@ def prefill(measured: Measured) -> Iterator[Record]:
     for batch, length in measured.points.prefill:
         for name, samples in measured.first_tokens(batch, length).items():
             yield {"workload": "prefill", "variant": name, "batch": batch, "length": length, **spread(samples, "ttft")}
+
+
+def repeat(measured: Measured) -> Iterator[Record]:
+    """Time to first token of a prompt that was asked before, so that keys, values and vectors are cached."""
+    variant, sizes = measured.variant, measured.points
+    for name, requests in measured.users.items():
+        samples = []
+        for number in range(sizes.singles):
+            prompts, one = variant.prompts(1, sizes.repeated), requests[number % max(len(requests), 1) :][:1]
+            first, again = (variant.ask(prompts, 1, one) for _ in range(2))
+            samples.append((first, again))
+        firsts, seconds = zip(*samples, strict=True)
+        figures = {**spread(firsts, "first"), **spread(seconds, "ttft")}
+        yield {"workload": "repeat", "variant": name, "batch": 1, "length": sizes.repeated, **figures}
 
 
 def touch(variant: Variant, adapters: Sequence[Any]) -> float:
@@ -206,6 +222,7 @@ def _table4_row(measured: Measured, name: str) -> Record:
 WORKLOADS: dict[str, Callable[[Measured], Iterator[Record]]] = {
     "decode": decode,
     "prefill": prefill,
+    "repeat": repeat,
     "tenants": tenants,
     "table4": table4,
 }

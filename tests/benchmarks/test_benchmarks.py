@@ -177,13 +177,13 @@ def test_run_of_a_tiny_model(tmp_path: Path):
     out = tmp_path / "results.json"
     flags = ["--size", "tiny", "--folder", str(tmp_path), "--adapters", "4", "--slots", "2", "--repeats", "1"]
     flags += ["--kv-cache-gib", "0.25", "--engine", '{"enforce_eager": true}', "--out", str(out)]
-    text = run_command("run", "decode", "prefill", "tenants", "table4", *flags)
+    text = run_command("run", "decode", "prefill", "repeat", "tenants", "table4", *flags)
     assert "### table4" in text
     content = json.loads(out.read_text())
     assert {"card", "torch", "vllm", "vllm_parade", "triton", "commit", "date"} <= set(content["machine"])
     found = {(record["workload"], record["variant"]) for record in content["results"]}
     variants = {"base", "unused", "parade", "lora"}
-    assert found >= {(workload, variant) for workload in ("decode", "prefill") for variant in variants}
+    assert found >= {(workload, variant) for workload in ("decode", "prefill", "repeat") for variant in variants}
     assert found >= {("table4", variant) for variant in ("base", "parade", "ia3", "lora")}
     assert found >= {("tenants", variant) for variant in ("base", "parade", "lora")}
     assert found >= {("loading", "parade"), ("memory", "parade"), ("exactness", "base")}
