@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""No speed without a green gate: vLLM's answers against Hugging Face and `vllm_parade.tuner` in float32.
+"""No speed without a green gate: vLLM's answers against Hugging Face, with PEFT and `vllm_parade.tuner`, in float32.
 
 Every answered token goes through the reference once, after the tokens before it. In float32 it must be the reference's
 most likely one, and its log-probability the reference's. In bfloat16 the engine's own tokens are judged: how far its
@@ -144,9 +144,11 @@ class Reference:
     @contextmanager
     def logprobs(self, adapter: str) -> Iterator[Any]:
         """A function from prompt and answer to the likeliest tokens and the log-probabilities of the answer's."""
-        from vllm_parade.tuner import ParadeModel
+        from peft import PeftModel
 
-        model: Any = ParadeModel.from_pretrained(self.base, adapter) if adapter else self.base
+        import vllm_parade.tuner  # noqa: F401  teaches PEFT the method
+
+        model: Any = PeftModel.from_pretrained(self.base, adapter) if adapter else self.base
 
         @torch.no_grad()
         def logprobs(prompt: list[int], answer: list[int]) -> tuple[list[int], torch.Tensor]:

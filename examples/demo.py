@@ -82,7 +82,7 @@ def adapter_modules() -> list[str]:
     names = sorted({question.adapter for question in questions()})
     for name in names:
         if not (ADAPTERS / name / "adapter_config.json").is_file():
-            raise DemoError(f"there is no adapter in {ADAPTERS / name}; examples/train.py makes one")
+            raise DemoError(f"there is no adapter in {ADAPTERS / name}; python -m vllm_parade.train makes one")
     return [f"{name}={ADAPTERS / name}" for name in names]
 
 

@@ -1,12 +1,13 @@
-"""The float32 oracle: what Hugging Face transformers and `vllm_parade.tuner` answer, one request at a time."""
+"""The float32 oracle: what Transformers and PEFT with `vllm_parade.tuner` answer, one request at a time."""
 
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft import PeftModel
 
+import vllm_parade.tuner  # noqa: F401  teaches PEFT the method
 from vllm_parade import ParadeRequest
-from vllm_parade.tuner import ParadeModel
 
 TOLERANCE = 1e-3
 # An adapter that moves log-probabilities by less than this, on average, shows nothing by being right.
@@ -49,7 +50,8 @@ class Oracle:
         """A function from an output to the most likely tokens and the log-probabilities of those answered."""
         model: Any = self.base
         if request is not None:
-            model = ParadeModel.from_pretrained(self.base, request.path, pooling_dtype=pooling_dtype)
+            model = PeftModel.from_pretrained(self.base, request.path)
+            model.base_model.pooling_dtype = pooling_dtype
 
         @torch.no_grad()
         def logprobs(output: Any) -> tuple[list[int], torch.Tensor]:

@@ -15,7 +15,7 @@ ROOMS = {"frontend", "scheduler", "worker"}
 
 
 def test_all_is_short_and_sorted():
-    assert vllm_parade.__all__ == ["ParadeRequest", "__version__"]
+    assert vllm_parade.__all__ == ["ParadeConfig", "ParadeRequest", "__version__"]
     assert vllm_parade.__all__ == sorted(vllm_parade.__all__)
     for name in vllm_parade.__all__:
         assert hasattr(vllm_parade, name)

@@ -5,13 +5,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from peft import PeftModel
 from vllm import SamplingParams
 from vllm.sampling_params import BeamSearchParams
 
 from tests.engines import engine, greedy, prompts, scheduler
 from tests.oracle import TOLERANCE, Oracle, beams
 from vllm_parade import ParadeRequest
-from vllm_parade.tuner import ParadeModel
 
 pytestmark = pytest.mark.engine
 
@@ -127,7 +127,7 @@ def test_beam_search_equals_the_reference(
     # Five more steps of three beams each.
     assert hits == 10 * 5 * 3
     for request in (variants["strong"], trained["sst2"]):
-        model = ParadeModel.from_pretrained(oracle.base, request.path)
+        model = PeftModel.from_pretrained(oracle.base, request.path)
         try:
             for question, answer, other in zip(asked, answers, requests, strict=True):
                 if other is request:

@@ -15,13 +15,13 @@ from typing import Any
 import openai
 import pytest
 import torch
+from peft import PeftModel
 
 from tests import servers
 from tests.engines import prompts
 from tests.oracle import TOLERANCE, Oracle, beams
 from vllm_parade import ParadeRequest
 from vllm_parade.train.templates import e2e_prompt, sst2_prompt
-from vllm_parade.tuner import ParadeModel
 
 pytestmark = pytest.mark.engine
 
@@ -163,7 +163,7 @@ def test_beam_search_keeps_its_instruction(url: str, oracle: Oracle, adapters: d
     body = {"return_token_ids": True, "ignore_eos": True, "use_beam_search": True}
     asked = {**question("last", prompt, max_tokens=6), **options, "extra_body": body}
     (answer,) = ask_together(url, asked)
-    model = ParadeModel.from_pretrained(oracle.base, adapters["last"].path)
+    model = PeftModel.from_pretrained(oracle.base, adapters["last"].path)
     try:
         wanted = beams(model, prompt, 6).sequences
     finally:

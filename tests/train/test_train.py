@@ -1,80 +1,118 @@
-"""examples/train.py from data to a served folder, and the reading and scoring of its tasks."""
+# SPDX-License-Identifier: Apache-2.0
+"""From examples to a served adapter, by the command that users type."""
 
-import csv
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import safetensors.torch
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
-from vllm_parade.adapter import load_adapter
-from vllm_parade.train.tasks import TASKS, Example
-from vllm_parade.train.templates import e2e_prompt, sst2_prompt
+from tests.engines import engine, greedy, prompts
+from vllm_parade import ParadeRequest
 
-ROOT = Path(__file__).parents[2]
-SENTENCES = [
-    "a moving and funny film",
-    "two hours of nothing",
-    "a joy from start to finish",
-    "dull , loud and far too long",
-    "warm , clever and beautifully played",
-    "a mess that never finds its feet",
-    "one of the best of the year",
-    "it wastes everyone 's time",
-]
+STEPS = 30
+FLAGS = ["--per_device_train_batch_size", "4", "--learning_rate", "5e-3", "--dtype", "float32", "--eval_on_start"]
 
 
-@pytest.fixture
-def sst2(tmp_path: Path) -> Path:
-    folder = tmp_path / "sst2"
-    folder.mkdir()
-    rows = [f"{sentence}\t{(number + 1) % 2}" for number, sentence in enumerate(SENTENCES)]
-    # The first training sentence stands in dev too.
-    for split, lines in {"train": rows[:6] + rows[6:7], "dev": rows[6:7] + rows[7:], "test": rows[7:]}.items():
-        (folder / f"{split}.tsv").write_text("\n".join(lines) + "\n")
-    return folder
+def run(model: str, data: Path, output: Path, *flags: str) -> str:
+    command = [sys.executable, "-m", "vllm_parade.train", "--model", model, "--task", "sst2", "--data", str(data)]
+    done = subprocess.run(
+        [*command, "--output_dir", str(output), *FLAGS, *flags], capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
-def test_sst2_is_read_without_what_is_held_out(sst2: Path) -> None:
-    splits = TASKS["sst2"].load(sst2)
-    assert [example.prompt for example in splits.train] == [sst2_prompt(sentence) for sentence in SENTENCES[:6]]
-    assert splits.train[0].responses == ("positive",)
-    assert splits.test[0].responses == ("negative",)
+def history(output: Path) -> list[dict[str, Any]]:
+    return json.loads((output / "trainer_state.json").read_text())["log_history"]
 
 
-def test_e2e_is_split_by_meaning(tmp_path: Path) -> None:
-    for name, meanings in {"devset.csv": 300, "testset_w_refs.csv": 2}.items():
-        with (tmp_path / name).open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["mr", "ref"])
-            for number in range(meanings):
-                for text in ("first", "second"):
-                    writer.writerow([f"name[{name} {number}]", f"{text} of {number}"])
-    splits = TASKS["e2e"].load(tmp_path)
-    assert len(splits.train) == 200
-    assert len(splits.dev) == 100
-    assert not {example.prompt for example in splits.train} & {example.prompt for example in splits.dev}
-    assert splits.test[1] == Example(e2e_prompt("name[testset_w_refs.csv 1]"), ("first of 1", "second of 1"))
+@pytest.fixture(scope="module")
+def adapter(smollm: str, sst2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("trained") / "adapter"
+    run(
+        smollm,
+        sst2,
+        output,
+        "--max_steps",
+        str(STEPS),
+        "--eval_steps",
+        "10",
+        "--save_steps",
+        "10",
+        "--base_name",
+        "base",
+    )
+    return output
 
 
-def test_scores() -> None:
-    examples = [Example("p", ("positive",)), Example("p", ("negative",)), Example("p", ("positive",))]
-    assert TASKS["sst2"].metric(["Positive.", "It is negative", " positive"], examples) == pytest.approx(200 / 3)
-    review = [Example("p", ("the pub is cheap", "a cheap pub by the river"))]
-    assert TASKS["e2e"].metric(["a cheap pub by the river"], review) == pytest.approx(100)
-    assert 0 < TASKS["e2e"].metric(["the pub"], review) < 100
+@pytest.mark.slow
+def test_thirty_steps_lower_the_dev_loss(adapter: Path) -> None:
+    losses = [entry["eval_loss"] for entry in history(adapter) if "eval_loss" in entry]
+    assert len(losses) >= 4
+    assert min(losses[1:]) < losses[0] / 4
+    scores = [entry["eval_sst2"] for entry in history(adapter) if "eval_sst2" in entry]
+    assert scores[-1] >= scores[0]
 
 
+@pytest.mark.slow
+def test_card_and_config(adapter: Path) -> None:
+    card = (adapter / "README.md").read_text()
+    assert "base_model: base\n" in card
+    assert "| eval_sst2 |" in card
+    assert "- data set: made up for a test" in card
+    assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == "base"
+
+
+@pytest.mark.slow
 @pytest.mark.engine
-def test_script_trains_measures_and_writes_an_adapter(sst2: Path, smollm: str, tmp_path: Path) -> None:
-    output = tmp_path / "adapter"
-    options = ["--steps", "2", "--batch-size", "2", "--eval-every", "1", "--model", smollm]
-    command = [sys.executable, "examples/train.py", "--task", "sst2", "--data", str(sst2), "--output", str(output)]
-    result = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-2000:]
-    adapter = load_adapter(output)
-    assert len(adapter.generators) == 30
-    # Two steps move the bias away from one.
-    assert (adapter.generators[0].bias != 1).any()
-    card = (output / "README.md").read_text()
-    assert "| dev | 2 | likeliest |" in card
+def test_served_it_answers_as_in_peft(smollm: str, adapter: Path) -> None:
+    asked = prompts([20, 33, 64], seed=31)
+    with engine(smollm, enable_parade=True) as llm:
+        served = llm.generate(asked, greedy(), parade_request=ParadeRequest("mine", str(adapter)), use_tqdm=False)
+    model: Any = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(smollm, dtype=torch.float32), adapter)
+    for question, output in zip(asked, served, strict=True):
+        answer = list(output.outputs[0].token_ids)
+        ids = torch.tensor([question["prompt_token_ids"]])
+        tokens = {"max_new_tokens": len(answer), "min_new_tokens": len(answer)}
+        assert model.generate(input_ids=ids, do_sample=False, **tokens)[0, ids.shape[1] :].tolist() == answer
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "ia3"])
+def test_the_same_command_trains_what_is_compared(method: str, smollm: str, sst2: Path, tmp_path: Path) -> None:
+    flags = ["--max_steps", "2", "--eval_steps", "2", "--save_steps", "2", "--metric_rows", "0"]
+    run(smollm, sst2, tmp_path / "adapter", "--method", method, *flags)
+    assert safetensors.torch.load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+
+
+@pytest.mark.slow
+def test_training_that_was_cut_off_resumes(smollm: str, sst2: Path, tmp_path: Path) -> None:
+    """From its last checkpoint, to the very same adapter."""
+    output, results = tmp_path / "adapter", []
+    flags = [
+        "--max_steps",
+        "6",
+        "--eval_steps",
+        "3",
+        "--save_steps",
+        "3",
+        "--save_total_limit",
+        "3",
+        "--metric_rows",
+        "0",
+    ]
+    for resume in ([], ["--resume_from_checkpoint", "true"]):
+        run(smollm, sst2, output, *flags, *resume)
+        results.append(safetensors.torch.load_file(output / "adapter_model.safetensors"))
+        shutil.rmtree(output / "checkpoint-6")
+    first, second = results
+    assert first.keys() == second.keys()
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())

@@ -34,21 +34,19 @@ class BaseModelShape:
 
     @classmethod
     def from_hf_config(cls, config: Any) -> "BaseModelShape":
-        """Read the sizes of a LLaMA-like Hugging Face config."""
+        """Read the sizes of a Hugging Face config: LLaMA and its like, GPT-2 or GPT-NeoX."""
         heads = config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         kv_width = (getattr(config, "num_key_value_heads", None) or heads) * head_dim
-        return cls(
-            hidden_size=config.hidden_size,
-            num_layers=config.num_hidden_layers,
-            widths={
-                "q": heads * head_dim,
-                "k": kv_width,
-                "v": kv_width,
-                "gate": config.intermediate_size,
-                "up": config.intermediate_size,
-            },
-        )
+        widths = {"q": heads * head_dim, "k": kv_width, "v": kv_width}
+        model_type = getattr(config, "model_type", None)
+        if model_type == "gpt2":
+            widths["up"] = config.n_inner or 4 * config.hidden_size
+        elif model_type == "gpt_neox":
+            widths["up"] = config.intermediate_size
+        else:
+            widths |= {"gate": config.intermediate_size, "up": config.intermediate_size}
+        return cls(config.hidden_size, config.num_hidden_layers, widths)
 
     def output_width(self, sites: tuple[str, ...]) -> int:
         """Entries of the vectors of `sites` together: d_out."""

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Examples as token ids in padded batches. The instruction is the prompt exactly as the server renders it."""
+"""Examples as token ids. The instruction is the prompt exactly as the server renders it."""
 
-import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,70 +9,48 @@ import torch
 from torch import Tensor
 
 from vllm_parade.train.tasks import Example
+from vllm_parade.train.templates import TEMPLATES
 
-__all__ = ["Encoded", "collate", "encode", "encode_prompt", "length_sorted_batches", "pad_left"]
+__all__ = ["Collator", "encode", "encode_prompt", "pad_left"]
 
 IGNORED_LABEL = -100
-BATCHES_PER_POOL = 20
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """Token ids of one training pair; the response ends with the end-of-turn token."""
-
-    prompt: list[int]
-    response: list[int]
-
-    def __len__(self) -> int:
-        return len(self.prompt) + len(self.response)
+def encode_prompt(tokenizer: Any, prompt: str, template: str = "chat") -> list[int]:
+    """Render `prompt` up to where the model is to answer."""
+    return tokenizer(TEMPLATES[template](tokenizer, prompt), add_special_tokens=False)["input_ids"]
 
 
-def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
-    """Render `prompt` as the only user message, up to where the model is to answer."""
-    messages = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def encode(tokenizer: Any, examples: Iterable[Example]) -> list[Encoded]:
-    """One training pair for each response of each example."""
+def encode(
+    tokenizer: Any, examples: Iterable[Example], template: str = "chat", max_length: int | None = None
+) -> list[dict[str, list[int]]]:
+    """One training pair for each response of each example, which ends with the end-of-turn token: `input_ids` and
+    `labels`, those of the prompt ignored. Pairs longer than `max_length` are left out."""
     pairs = []
     for example in examples:
-        prompt = encode_prompt(tokenizer, example.prompt)
+        prompt = encode_prompt(tokenizer, example.prompt, template)
         for response in example.responses:
-            ids = tokenizer(response, add_special_tokens=False)["input_ids"]
-            pairs.append(Encoded(prompt, [*ids, tokenizer.eos_token_id]))
+            answer = [*tokenizer(response, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+            if max_length is None or len(prompt) + len(answer) <= max_length:
+                pairs.append({"input_ids": prompt + answer, "labels": [IGNORED_LABEL] * len(prompt) + answer})
     return pairs
 
 
-def length_sorted_batches(
-    pairs: Sequence[Encoded], batch_size: int, order: random.Random | None = None
-) -> list[list[Encoded]]:
-    """Batches of like lengths; with `order`, shuffled, and sorted only within pools of some batches."""
-    pairs, pool_size = list(pairs), len(pairs)
-    if order is not None:
-        order.shuffle(pairs)
-        pool_size = BATCHES_PER_POOL * batch_size
-    batches = []
-    for start in range(0, len(pairs), pool_size):
-        pool = sorted(pairs[start : start + pool_size], key=len)
-        batches += [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
-    if order is not None:
-        order.shuffle(batches)
-    return batches
+@dataclass(frozen=True)
+class Collator:
+    """Pads on the right: input_ids, attention_mask and labels, each [batch, tokens]."""
 
+    pad_id: int
 
-def collate(batch: Sequence[Encoded], pad_id: int, device: torch.device | str) -> dict[str, Tensor]:
-    """Pad on the right: input_ids, attention_mask, instruction_mask and labels, each [batch, tokens]."""
-    longest = max(map(len, batch))
-    rows: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "instruction_mask": [], "labels": []}
-    for pair in batch:
-        prompt, total, padding = len(pair.prompt), len(pair), longest - len(pair)
-        rows["input_ids"].append(pair.prompt + pair.response + [pad_id] * padding)
-        rows["attention_mask"].append([1] * total + [0] * padding)
-        rows["instruction_mask"].append([1] * prompt + [0] * (longest - prompt))
-        rows["labels"].append([IGNORED_LABEL] * prompt + pair.response + [IGNORED_LABEL] * padding)
-    return {name: torch.tensor(values, device=device) for name, values in rows.items()}
+    def __call__(self, pairs: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
+        longest = max(len(pair["input_ids"]) for pair in pairs)
+        rows: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
+        for pair in pairs:
+            length, padding = len(pair["input_ids"]), longest - len(pair["input_ids"])
+            rows["input_ids"].append(pair["input_ids"] + [self.pad_id] * padding)
+            rows["attention_mask"].append([1] * length + [0] * padding)
+            rows["labels"].append(pair["labels"] + [IGNORED_LABEL] * padding)
+        return {name: torch.tensor(values) for name, values in rows.items()}
 
 
 def pad_left(prompts: Sequence[list[int]], pad_id: int, device: torch.device | str) -> dict[str, Tensor]:

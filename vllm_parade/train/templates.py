@@ -1,14 +1,26 @@
-"""The user's turn for each task, as the paper words it.
+# SPDX-License-Identifier: Apache-2.0
+"""The user's turn for each task, as the paper words it, and the wrappings around it.
 
 An adapter answers well only to the wording it was trained on, so training, demo and benchmarks all take it from here.
-The paper wraps every query in LLaMA-2's template; here the tokenizer's own chat template does that, with these texts
-as the content of a single user message (no system message: the template adds the model's default one).
 """
 
-__all__ = ["SST2_ANSWERS", "e2e_prompt", "sst2_prompt"]
+from collections.abc import Callable
+from typing import Any
+
+__all__ = [
+    "SST2_ANSWERS",
+    "TEMPLATES",
+    "boolq_prompt",
+    "e2e_prompt",
+    "rte_prompt",
+    "sst2_prompt",
+    "wikisql_prompt",
+]
 
 SST2_ANSWERS = ("negative", "positive")
 """What the model is to answer, indexed by SST-2's label."""
+
+LLAMA2_SYSTEM = "You are a helpful, respectful and honest assistant."
 
 
 def sst2_prompt(sentence: str) -> str:
@@ -16,6 +28,42 @@ def sst2_prompt(sentence: str) -> str:
     return f"{sentence}\nThe sentiment of the given sentence is:"
 
 
+def rte_prompt(premise: str, hypothesis: str) -> str:
+    """RTE: does the first sentence entail the second? To be answered with yes or no."""
+    question = "Are sentence 1 and sentence 2 have entailment relation or not?"
+    return f"sentence 1: {premise}\nsentence 2: {hypothesis}\n{question}"
+
+
+def boolq_prompt(passage: str, question: str) -> str:
+    """BoolQ: a question on a passage, to be answered with yes or no."""
+    return f"Reference document:\n{passage}\nQuestion:\n{question}"
+
+
 def e2e_prompt(reference: str) -> str:
     """E2E: a meaning representation, `name[Blue Spice], area[riverside]`, to be answered with a sentence or two."""
     return f"Reference:\n{reference}\nGenerate a customer review following the given reference."
+
+
+def wikisql_prompt(query: str, table: str) -> str:
+    """WikiSQL: a question on a table, to be answered with SQL."""
+    return (
+        f"Answer the following query by writing a SQL query on the given table:\n{query}\nTable information:\n{table}."
+    )
+
+
+def _chat(tokenizer: Any, prompt: str) -> str:
+    messages = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+
+
+def _llama2(tokenizer: Any, prompt: str) -> str:
+    return f"{tokenizer.bos_token}[INST] <<SYS>>\n{LLAMA2_SYSTEM}\n<</SYS>>\n\n{prompt} [/INST]"
+
+
+def _plain(tokenizer: Any, prompt: str) -> str:
+    return f"{tokenizer.bos_token or ''}{prompt}\n"
+
+
+# What stands around a prompt, up to where the model is to answer, as text in which special tokens are spelt out: the
+# tokenizer's chat template with the prompt as the only user message, the paper's, or hardly anything.
+TEMPLATES: dict[str, Callable[[Any, str], str]] = {"chat": _chat, "llama2": _llama2, "plain": _plain}

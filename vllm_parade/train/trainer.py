@@ -1,142 +1,129 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training loop, and answers of a trained or bare model for scoring."""
+"""Transformers' Trainer, which also answers dev prompts, and an adapter's whole way from base model to folder."""
 
-import random
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback, Trainer, set_seed
+from transformers.trainer_utils import get_last_checkpoint
 
-from vllm_parade.train.data import Encoded, collate, encode_prompt, length_sorted_batches, pad_left
-from vllm_parade.tuner import ParadeModel
-
-__all__ = ["TrainSettings", "answer", "choose", "mean_loss", "train"]
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """How an adapter is trained: AdamW, linear decay after a warm-up, the checkpoint of the lowest dev loss."""
-
-    steps: int = 300
-    """Optimiser steps, a batch each."""
-    batch_size: int = 32
-    """Training pairs a step."""
-    lr: float = 5e-3
-    """Highest learning rate."""
-    warmup: float = 0.06
-    """Share of the steps in which the learning rate rises."""
-    eval_every: int = 50
-    """Steps between two looks at the dev loss."""
-    seed: int = 0
-    """Of the order of the training pairs."""
+from vllm_parade.train.answers import score
+from vllm_parade.train.arguments import AdapterArguments, PromptTrainingArguments
+from vllm_parade.train.card import write_card
+from vllm_parade.train.data import Collator, encode
+from vllm_parade.train.methods import peft_config
+from vllm_parade.train.readers import Splits, as_example, read_jsonl
+from vllm_parade.train.tasks import TASKS, mixture
 
 
-def train(
-    model: ParadeModel, pairs: Sequence[Encoded], dev: Sequence[Encoded], settings: TrainSettings, pad_id: int
-) -> tuple[float, int]:
-    """Train `model`'s generators and leave the best checkpoint in them.
+class PromptTrainer(Trainer):
+    """Adds the tasks' own metric to every evaluation, as `eval_metric`: the mean over the tasks."""
+
+    def __init__(self, *args: Any, adapter: AdapterArguments, tasks: dict[str, Splits], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.adapter, self.tasks = adapter, tasks
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Dev loss and, where a task is trained, its metric over the first of its dev examples."""
+        metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+        rows, model = self.adapter.metric_rows, self.accelerator.unwrap_model(self.model)
+        scores = {
+            name: score(TASKS[name], model, self.processing_class, splits.dev[:rows], self.adapter.template)
+            for name, splits in (self.tasks.items() if rows else ())
+        }
+        if scores:
+            found = {f"eval_{name}": value for name, value in scores.items()}
+            found["eval_metric"] = sum(scores.values()) / len(scores)
+            self.log(found)
+            metrics |= found
+        return metrics
+
+
+def load_base(adapter: AdapterArguments) -> tuple[Any, Any]:
+    """Base model and tokenizer."""
+    dtype: Any = adapter.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    tokenizer = AutoTokenizer.from_pretrained(adapter.model)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model = AutoModelForCausalLM.from_pretrained(adapter.model, dtype=getattr(torch, dtype))
+    model.config.use_cache = False
+    return model, tokenizer
+
+
+def load_data(adapter: AdapterArguments) -> tuple[Splits, dict[str, Splits]]:
+    """All examples together, and those of each task."""
+    if adapter.train_file:
+        return read_jsonl(Path(adapter.train_file), Path(adapter.dev_file) if adapter.dev_file else None), {}
+    if adapter.dataset:
+        return _hub_data(adapter.dataset), {}
+    tasks = {name: TASKS[name].read(Path(folder)) for name, folder in zip(adapter.task, adapter.data, strict=True)}
+    return mixture(list(tasks.values())), tasks
+
+
+def _hub_data(name: str) -> Splits:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ValueError(f"--dataset {name} needs the package datasets; pip install datasets") from error
+    parts = {
+        split: [as_example(row, f"{name}, {split} row {number}") for number, row in enumerate(rows)]
+        for split, rows in load_dataset(name).items()
+    }
+    dev = parts.get("validation") or parts.get("dev") or parts["train"][::10][:200]
+    return Splits.without_overlap(parts["train"], dev, parts.get("test", []))
+
+
+def train(adapter: AdapterArguments, arguments: PromptTrainingArguments) -> dict[str, float]:
+    """Train an adapter and leave it in `arguments.output_dir`, with a model card.
 
     Returns:
-        The lowest dev loss and the step at which it was seen.
+        what the last evaluation found, of the best checkpoint
     """
-    parameters = list(model.generators.parameters())
-    # No weight decay: it would pull the bias from one, the identity, to zero.
-    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate(step, settings))
-    batches, start = _endless(pairs, settings), time.monotonic()
-    best: tuple[float, int, dict[str, Tensor]] = (float("inf"), 0, {})
-    for step in range(1, settings.steps + 1):
-        model.train()
-        loss = _loss(model, next(batches), pad_id)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        if step % settings.eval_every and step < settings.steps:
-            continue
-        dev_loss = mean_loss(model, dev, pad_id)
-        if dev_loss < best[0]:
-            best = dev_loss, step, {name: value.clone() for name, value in model.generators.state_dict().items()}
-        seconds = time.monotonic() - start
-        print(f"step {step:5d}  loss {loss.item():.4f}  dev loss {dev_loss:.4f}  {seconds:.0f} s", flush=True)
-    if not best[2]:
-        raise RuntimeError(f"the dev loss was never a number in {settings.steps} steps; try a lower learning rate")
-    model.generators.load_state_dict(best[2])
-    return best[0], best[1]
+    set_seed(arguments.seed)
+    base, tokenizer = load_base(adapter)
+    splits, tasks = load_data(adapter)
+    splits.dev[:] = splits.dev[: adapter.dev_rows]
+    pairs, dev = (encode(tokenizer, part, adapter.template, adapter.max_length) for part in (splits.train, splits.dev))
+    arguments.batch_for(len(pairs))
+    model = get_peft_model(base, peft_config(adapter.method, cast(dict, adapter.peft)))
+    model.peft_config["default"].base_model_name_or_path = adapter.base_name or adapter.model
+    model.print_trainable_parameters()
+    trainer = PromptTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=pairs,
+        eval_dataset=dev,
+        data_collator=Collator(tokenizer.pad_token_id),
+        processing_class=tokenizer,
+        callbacks=[EarlyStoppingCallback(arguments.patience)] if arguments.load_best_model_at_end else [],
+        adapter=adapter,
+        tasks=tasks,
+    )
+    trainer.train(resume_from_checkpoint=_checkpoint(arguments))
+    metrics = trainer.evaluate()
+    if trainer.is_world_process_zero():
+        trainer.save_state()
+        save(model, arguments.output_dir, base.dtype)
+        counts = {"training pairs": len(pairs), "dev pairs": len(dev)}
+        write_card(Path(arguments.output_dir), adapter, arguments, trainer.state, metrics, counts)
+    return metrics
 
 
-@torch.no_grad()
-def mean_loss(model: ParadeModel, pairs: Sequence[Encoded], pad_id: int, batch_size: int = 128) -> float:
-    """Mean loss of a response token over all `pairs`."""
-    model.eval()
-    total, tokens = 0.0, 0
-    for batch in length_sorted_batches(pairs, batch_size):
-        count = sum(len(pair.response) for pair in batch)
-        total += _loss(model, batch, pad_id).item() * count
-        tokens += count
-    return total / tokens
+def _checkpoint(arguments: PromptTrainingArguments) -> str | None:
+    asked = arguments.resume_from_checkpoint
+    if asked not in ("true", "True", True):
+        return asked
+    found = get_last_checkpoint(arguments.output_dir)
+    if found is None:
+        raise ValueError(f"--resume_from_checkpoint: {arguments.output_dir} has no checkpoint; drop the flag")
+    return found
 
 
-def answer(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int, batch_size: int = 256) -> list[str]:
-    """Greedy answers of a `ParadeModel` or a bare Hugging Face model, in the order of `prompts`."""
-    answers: dict[int, str] = {}
-    for indices, batch in _prompt_batches(model, tokenizer, prompts, batch_size):
-        output = _generate(model, tokenizer, batch, max_new_tokens=max_new_tokens)
-        texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-        answers.update(zip(indices, texts, strict=True))
-    return [answers[index].strip() for index in range(len(prompts))]
-
-
-def choose(
-    model: Any, tokenizer: Any, prompts: Sequence[str], choices: Sequence[str], batch_size: int = 256
-) -> list[str]:
-    """For each prompt, the choice whose first token the model gives the largest logit at the answer's first place."""
-    first = [tokenizer(choice, add_special_tokens=False)["input_ids"][0] for choice in choices]
-    if len(set(first)) < len(first):
-        raise ValueError(f"choices {', '.join(choices)} begin with the same token; the first token tells nothing")
-    chosen: dict[int, int] = {}
-    for indices, batch in _prompt_batches(model, tokenizer, prompts, batch_size):
-        kwargs = {"max_new_tokens": 1, "output_logits": True, "return_dict_in_generate": True}
-        best = _generate(model, tokenizer, batch, **kwargs).logits[0][:, first].argmax(dim=1)
-        chosen.update(zip(indices, best.tolist(), strict=True))
-    return [choices[chosen[index]] for index in range(len(prompts))]
-
-
-def _learning_rate(step: int, settings: TrainSettings) -> float:
-    warmup = max(1, round(settings.warmup * settings.steps))
-    return min((step + 1) / warmup, (settings.steps - step) / max(1, settings.steps - warmup))
-
-
-def _endless(pairs: Sequence[Encoded], settings: TrainSettings) -> Iterator[list[Encoded]]:
-    order = random.Random(settings.seed)
-    while True:
-        yield from length_sorted_batches(pairs, settings.batch_size, order)
-
-
-def _loss(model: ParadeModel, batch: Sequence[Encoded], pad_id: int) -> Tensor:
-    return model(**collate(batch, pad_id, _device(model)), use_cache=False).loss
-
-
-def _device(model: Any) -> torch.device:
-    return next(model.parameters()).device
-
-
-def _prompt_batches(
-    model: Any, tokenizer: Any, prompts: Sequence[str], batch_size: int
-) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-    """Prompts of like lengths together, with their places in `prompts`."""
-    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    order = sorted(range(len(prompts)), key=lambda index: len(encoded[index]))
-    for start in range(0, len(order), batch_size):
-        indices = order[start : start + batch_size]
-        yield indices, pad_left([encoded[index] for index in indices], tokenizer.pad_token_id, _device(model))
-
-
-@torch.no_grad()
-def _generate(model: Any, tokenizer: Any, batch: dict[str, Tensor], **kwargs: Any) -> Any:
-    model.eval()
-    return model.generate(**batch, do_sample=False, num_beams=1, pad_token_id=tokenizer.pad_token_id, **kwargs)
+def save(model: PeftModel, folder: str, dtype: torch.dtype) -> None:
+    """Save an adapter in the base model's dtype, to which every pass rounds it anyway."""
+    state = {name: tensor.detach().to(dtype) for name, tensor in model.named_parameters() if tensor.requires_grad}
+    model.save_pretrained(folder, state_dict=state)

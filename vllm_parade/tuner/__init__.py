@@ -1,6 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PARADE on Hugging Face models, for training and as a reference. Nothing in here imports vLLM."""
+"""PARADE as a method of PEFT: `get_peft_model(model, ParadeConfig())`, `PeftModel.from_pretrained(model, folder)`.
 
-from vllm_parade.tuner.model import ParadeModel
+Importing this makes the method known to PEFT. Nothing in here imports vLLM.
+"""
 
-__all__ = ["ParadeModel"]
+from aenum import extend_enum
+from peft import PeftType
+from peft.utils import register_peft_method
+
+if "PARADE" not in PeftType.__members__:
+    # PEFT takes methods from outside, but only under names of this enum.
+    extend_enum(PeftType, "PARADE", "PARADE")
+
+from vllm_parade.tuner.config import ParadeConfig
+from vllm_parade.tuner.model import GENERATOR, ParadeModel
+
+register_peft_method(name="parade", config_cls=ParadeConfig, model_cls=ParadeModel, prefix=GENERATOR)
+
+__all__ = ["ParadeConfig", "ParadeModel"]

@@ -1,223 +1,233 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PARADE over a frozen Hugging Face model: trains adapters, and is the plain answer that serving is compared with."""
+"""PARADE as a PEFT tuner over a frozen Hugging Face model: trains adapters, and is the plain answer that serving is
+compared with."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
-from vllm_parade.adapter.checkpoint import load_adapter, save_adapter
-from vllm_parade.adapter.config import AdapterConfig, AdapterError
-from vllm_parade.adapter.weights import BaseModelShape, GeneratorWeights, initial_generator
+from vllm_parade.adapter.validation import check_config, check_tensors
+from vllm_parade.adapter.weights import BaseModelShape, adapted_layers, initial_generator
 from vllm_parade.ops.reference import generate
+from vllm_parade.tuner.config import ParadeConfig
+from vllm_parade.tuner.generator import ParadeGenerator
+from vllm_parade.tuner.instruction import Instruction, before_labels, combined
+from vllm_parade.tuner.layout import layout_of
 
-# Where a decoder layer of the LLaMA family keeps the projection behind each site.
-PROJECTIONS = {
-    "q": "self_attn.q_proj",
-    "k": "self_attn.k_proj",
-    "v": "self_attn.v_proj",
-    "gate": "mlp.gate_proj",
-    "up": "mlp.up_proj",
-}
-
-
-class Generator(nn.Module):
-    """One layer's generator as trainable float32 parameters, named as the checkpoint names its tensors."""
-
-    def __init__(self, weights: GeneratorWeights) -> None:
-        super().__init__()
-        self.down = _parameters(weight=weights.down)
-        self.pooler = _parameters(query=weights.query, weight=weights.weight)
-        self.up = _parameters(weight=weights.up, bias=weights.bias)
-
-    def weights(self) -> GeneratorWeights:
-        """The parameters as `ops.reference.generate` takes them; gradients flow through."""
-        query, weight = self.pooler.get("query"), self.pooler.get("weight")
-        return GeneratorWeights(self.down["weight"], query, weight, self.up["weight"], self.up["bias"])
+GENERATOR = "parade_generator"
+# Names of what travels through the base model's keyword arguments, and on its KV cache.
+ARGUMENT = "parade_instruction"
+MASK_ARGUMENT = "instruction_mask"
 
 
-class ParadeModel(nn.Module):
-    """A frozen LLaMA-like `base_model` whose layers are adjusted to each sequence's instruction.
+class ParadeModel(BaseTuner):
+    """The `base_model` of a `PeftModel` with PARADE adapters.
 
-    The base model is hooked, not copied: called by itself it still answers as the base model, and `unload` gives it
-    back. Gradient checkpointing is refused, since it would run the hooks again when the vectors are gone.
+    The instruction of a row is the prompt: in training what comes before its first label, else all that the attention
+    mask shows; `instruction_mask` [batch, tokens] in `forward` and `generate` says otherwise. Vectors are generated in
+    the pass that reads the instruction and kept on the KV cache for those after it.
 
-    Args:
-        base_model: a causal language model with `model.layers[i]` of `input_layernorm`, `self_attn` and `mlp`
-        config: the adapter's settings
-        pooling_dtype: dtype of pooling and activation
-        seed: of the initial values; None takes PyTorch's global random state
-
-    Raises:
-        AdapterError: the base model lacks a layer or projection that `config` names.
+    One adapter is active at a time. Modules are hooked, not replaced, so names of base parameters stay as they are.
     """
 
-    def __init__(
+    prefix = GENERATOR
+    tuner_layer_cls = ParadeGenerator
+    active_adapter: Any
+    # Float64 shows how far rounding alone moves an answer.
+    pooling_dtype = torch.float32
+
+    def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+        self._layout, self._shape = layout_of(model.config), BaseModelShape.from_hf_config(model.config)
+        self._prompt_mask: Tensor | None = None
+        backbone = model.get_submodule(self._layout.backbone)
+        self._handles = [
+            model.register_forward_pre_hook(_default_instruction, with_kwargs=True),
+            backbone.register_forward_pre_hook(self._begin, with_kwargs=True),
+            backbone.register_forward_hook(self._end, with_kwargs=True),
+        ]
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: Any) -> PeftConfig:
+        config = cast(ParadeConfig, peft_config).adapter_config()
+        check_config(config, self._shape, None, None)
+        layers = adapted_layers(config, self._shape)
+        self._layout.check(self.model, layers, config.sites)
+        self._targets = {f"{self._layout.layers}.{index}": index for index in layers}
+        return peft_config
+
+    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> bool:  # type: ignore[override]
+        return key in self._targets
+
+    def _create_and_replace(
         self,
-        base_model: nn.Module,
-        config: AdapterConfig,
-        *,
-        pooling_dtype: torch.dtype = torch.float32,
-        seed: int | None = None,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
     ) -> None:
-        super().__init__()
-        self.base_model, self.config, self.pooling_dtype = base_model, config, pooling_dtype
-        self.shape = BaseModelShape.from_hf_config(base_model.config)
-        random = None if seed is None else torch.Generator().manual_seed(seed)
-        layers = _find_layers(base_model, config, self.shape)
-        self.generators = nn.ModuleDict()
-        for index, layer in layers.items():
-            generator = Generator(initial_generator(config, self.shape, random))
-            self.generators[str(index)] = generator.to(next(layer.parameters()).device)
-        self._mask: Tensor | None = None
-        self._vectors: dict[int, dict[str, Tensor]] = {}
-        self._frozen = [parameter for parameter in base_model.parameters() if parameter.requires_grad]
-        for parameter in self._frozen:
-            parameter.requires_grad_(False)
-        self._hooks = [hook for index, layer in layers.items() for hook in self._add_hooks(index, layer)]
+        if not hasattr(target, GENERATOR):
+            target.add_module(GENERATOR, ParadeGenerator(self._targets[current_key]))
+            self._handles += self._hook_layer(target)
+        generator = cast(ParadeGenerator, target.get_submodule(GENERATOR))
+        weights = initial_generator(cast(ParadeConfig, peft_config).adapter_config(), self._shape)
+        generator.add(adapter_name, weights.to(next(target.parameters()).device, torch.float32))
+        generator.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
+
+    def _hook_layer(self, layer: nn.Module) -> Iterator[Any]:
+        generator = cast(ParadeGenerator, layer.get_submodule(GENERATOR))
+        yield layer.register_forward_pre_hook(partial(_enter, generator), with_kwargs=True)
+        norm = layer.get_submodule(self._layout.norm)
+        yield norm.register_forward_hook(partial(self._read_instruction, generator))
+        for name, site in self._layout.sites.items():
+            projection = layer.get_submodule(site.projection)
+            yield projection.register_forward_hook(partial(self._adjust, generator, name))
+        yield layer.register_forward_hook(partial(_leave, generator), always_call=True)
 
     @classmethod
-    def from_pretrained(cls, base_model: nn.Module, path: str | Path, **kwargs: Any) -> "ParadeModel":
-        """Put the adapter saved at `path` over `base_model`.
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        # As strict as the server: whatever it would refuse is refused here.
+        shape = BaseModelShape.from_hf_config(cast(Any, model).config)
+        check_tensors(cast(ParadeConfig, config).adapter_config(), state_dict, shape)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter; if it was active, another one becomes so."""
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"adapter {adapter_name!r} does not exist; there are {', '.join(self.peft_config)}")
+        del self.peft_config[adapter_name]
+        for module in self.model.modules():
+            if isinstance(module, ParadeGenerator):
+                module.delete_adapter(adapter_name)
+        if adapter_name in self.active_adapters:
+            self.active_adapter = next(iter(self.peft_config), [])
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make one adapter the active one.
 
         Raises:
-            AdapterError: names the file, the tensor or value and what was expected.
+            ValueError: several adapters, whose vectors nobody has trained together.
         """
-        adapter = load_adapter(path, BaseModelShape.from_hf_config(base_model.config))
-        model = cls(base_model, adapter.config, **kwargs)
-        for index, weights in adapter.generators.items():
-            generator = model.generators[str(index)]
-            generator.load_state_dict(Generator(weights).state_dict())
-        return model
+        if not isinstance(adapter_name, str) and len(adapter_name) > 1:
+            raise ValueError(f"adapters {', '.join(adapter_name)} cannot be active together; choose one")
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
 
-    def save_pretrained(self, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
-        """Write the adapter, its tensors in `dtype`, as a folder that `from_pretrained` and the server read."""
-        with torch.no_grad():
-            generators = {index: self._weights(index).to("cpu", dtype) for index in map(int, self.generators)}
-        save_adapter(path, self.config, generators)
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:  # type: ignore[override]
+        if merge:
+            self._any_generator().merge()
+        for handle in self._handles:
+            handle.remove()
+        for module in list(self.model.modules()):
+            if hasattr(module, GENERATOR):
+                delattr(module, GENERATOR)
+        del self.model.peft_config
+        return self.model
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        instruction_mask: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Run the base model with vectors generated anew from the instruction.
+    # A pass through the model.
 
-        Args:
-            input_ids: [batch, tokens]
-            attention_mask: [batch, tokens], 0 at padding on either side; None means no padding
-            instruction_mask: [batch, tokens], 1 at the prompt's tokens; None means every token
-            kwargs: the base model's other arguments, e.g. labels
-        """
-        if self.training and getattr(self.base_model, "is_gradient_checkpointing", False):
-            raise ValueError("PARADE does not train with gradient checkpointing; call gradient_checkpointing_disable()")
-        with self._instruction(input_ids, attention_mask, instruction_mask):
-            return self.base_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-
-    @torch.no_grad()
-    def generate(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        instruction_mask: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
+    def generate(self, *args: Any, instruction_mask: Tensor | None = None, **kwargs: Any) -> Any:
         """The base model's `generate`; vectors come from the prompt's pass and serve every later step.
 
-        Arguments as for `forward`; pad prompts on the left.
+        Args:
+            instruction_mask: [batch, tokens], 1 at the prompt's tokens that the generators read; by default all
+
+        Raises:
+            ValueError: a prompt that would pass in chunks.
         """
-        if attention_mask is None:
-            # Else Transformers would guess it from padding tokens, and the two masks could differ.
-            attention_mask = torch.ones_like(input_ids)
-        with self._instruction(input_ids, attention_mask, instruction_mask):
-            return cast(Any, self.base_model).generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-
-    def unload(self) -> nn.Module:
-        """Take the adapter off and return the base model as it was given."""
-        for hook in self._hooks:
-            hook.remove()
-        for parameter in self._frozen:
-            parameter.requires_grad_(True)
-        return self.base_model
-
-    def _weights(self, index: int) -> GeneratorWeights:
-        return cast(Generator, self.generators[str(index)]).weights()
-
-    @contextmanager
-    def _instruction(self, input_ids: Tensor, *masks: Tensor | None) -> Iterator[None]:
-        """Hold one call's instruction mask and vectors; afterwards, come what may, both are gone."""
-        instruction = torch.ones_like(input_ids, dtype=torch.bool)
-        for mask in masks:
-            if mask is None:
-                continue
-            if mask.shape != input_ids.shape:
-                raise ValueError(f"mask has shape {tuple(mask.shape)}; expected input_ids', {tuple(input_ids.shape)}")
-            instruction = instruction & mask.bool()
-        if not instruction.any(dim=1).all():
-            raise ValueError("a row has no instruction token; every row needs at least one")
-        self._mask, self._vectors = instruction, {}
+        model = cast(Any, self.model)
+        settings = kwargs.get("generation_config") or model.generation_config
+        if kwargs.get("prefill_chunk_size", getattr(settings, "prefill_chunk_size", None)):
+            raise ValueError("prefill_chunk_size cuts the prompt, whose vectors are read off the whole of it; drop it")
+        self._prompt_mask = instruction_mask
         try:
-            yield
+            return model.generate(*args, **kwargs)
         finally:
-            self._mask, self._vectors = None, {}
+            self._prompt_mask = None
 
-    def _add_hooks(self, index: int, layer: nn.Module) -> Iterator[torch.utils.hooks.RemovableHandle]:
-        yield layer.get_submodule("input_layernorm").register_forward_hook(partial(self._read_instruction, index))
-        for site in self.config.sites:
-            projection = layer.get_submodule(PROJECTIONS[site])
-            yield projection.register_forward_hook(partial(self._adjust, index, site))
+    def _begin(self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = kwargs.pop(MASK_ARGUMENT, None)
+        if not self.active_adapters or self._any_generator().disable_adapters:
+            return args, kwargs
+        (adapter,) = self.active_adapters
+        cache = kwargs.get("past_key_values")
+        if cache is not None and cache.get_seq_length() > 0:
+            instruction = _instruction_of(cache, adapter).read()
+        else:
+            tokens = next(t for t in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None)
+            masks = kwargs.get("attention_mask"), self._prompt_mask if given is None else given
+            instruction = Instruction(adapter, combined(tokens.shape[:2], tokens.device, *masks))
+        return args, {**kwargs, ARGUMENT: instruction}
 
-    def _read_instruction(self, index: int, norm: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        """Generate the layer's vectors in the first pass; the norm sees the layer's input and makes the attention's."""
-        if self._mask is None or index in self._vectors:
+    def _end(self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        cache = getattr(output, "past_key_values", None)
+        if ARGUMENT in kwargs and cache is not None:
+            setattr(cache, ARGUMENT, kwargs[ARGUMENT])
+
+    def _any_generator(self) -> ParadeGenerator:
+        return next(module for module in self.model.modules() if isinstance(module, ParadeGenerator))
+
+    def _read_instruction(
+        self, generator: ParadeGenerator, norm: nn.Module, args: tuple[Tensor, ...], output: Tensor
+    ) -> None:
+        """Generate the layer's vectors; the norm sees the layer's input and makes the attention's."""
+        instruction = generator.instruction
+        if instruction is None or instruction.mask is None or instruction.adapter not in generator.down:
             return
-        hidden = args[0] if self.config.generator_input == "layer_input" else output
-        if hidden.shape[1] != self._mask.shape[1]:
-            raise ValueError(f"a pass of {hidden.shape[1]} tokens; the whole prompt of {self._mask.shape[1]} is needed")
-        # Beam search and several sequences a prompt repeat each row.
-        mask = self._mask.to(hidden.device).repeat_interleave(len(hidden) // len(self._mask), dim=0)
+        config = cast(ParadeConfig, self.peft_config[instruction.adapter])
+        hidden = args[0] if config.generator_input == "layer_input" else output
         # Rounded as the server rounds them: what is trained is what is served.
-        weights = self._weights(index).to(hidden.device, hidden.dtype)
-        vectors = generate(
+        weights = generator.weights(instruction.adapter).to(hidden.device, hidden.dtype)
+        instruction.vectors[generator.index] = generate(
             hidden,
-            mask,
+            instruction.mask.to(hidden.device),
             **vars(weights),
-            pooler=self.config.pooler,
-            activation=self.config.activation,
+            pooler=config.pooler,
+            activation=config.activation,
             pooling_dtype=self.pooling_dtype,
         )
-        widths = [self.shape.widths[site] for site in self.config.sites]
-        self._vectors[index] = dict(zip(self.config.sites, vectors[:, None].split(widths, dim=-1), strict=True))
 
-    def _adjust(self, index: int, site: str, projection: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        """Scale [batch, tokens, width] by the sequence's vector; outside of a PARADE call, leave it."""
-        return output if self._mask is None else output * self._vectors[index][site]
+    def _adjust(
+        self, generator: ParadeGenerator, site: str, projection: nn.Module, args: Any, output: Tensor
+    ) -> Tensor:
+        """Scale a projection's output by the rows' vectors; outside of an adjusted pass, leave it."""
+        instruction = generator.instruction
+        if instruction is None or generator.index not in instruction.vectors:
+            return output
+        sites = cast(ParadeConfig, self.peft_config[instruction.adapter]).sites
+        if site not in sites:
+            return output
+        vectors = instruction.vectors[generator.index][:, None]
+        parts = vectors.split([self._shape.widths[name] for name in sites], dim=-1)
+        return self._layout.sites[site].scale(output, parts[sites.index(site)])
 
 
-def _parameters(**tensors: Tensor | None) -> nn.ParameterDict:
-    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    return nn.ParameterDict({name: nn.Parameter(tensor.float()) for name, tensor in given.items()})
+def _instruction_of(cache: Any, adapter: str) -> Instruction:
+    """What was read when a KV cache was filled."""
+    instruction: Instruction | None = getattr(cache, ARGUMENT, None)
+    if instruction is None or instruction.adapter != adapter:
+        made = "without an adapter" if instruction is None else f"under adapter {instruction.adapter!r}"
+        raise ValueError(f"the KV cache was filled {made}, and {adapter!r} is active; begin with an empty one")
+    return instruction
 
 
-def _find_layers(base_model: nn.Module, config: AdapterConfig, shape: BaseModelShape) -> dict[int, nn.Module]:
-    """The decoder layers that carry a generator, after a look at every module that will be hooked."""
-    layers = {}
-    needed = ("input_layernorm", *(PROJECTIONS[site] for site in config.sites))
-    for index in range(shape.num_layers) if config.layers_to_transform is None else config.layers_to_transform:
-        path = f"model.layers.{index}"
-        for module in (path, *(f"{path}.{name}" for name in needed)):
-            try:
-                base_model.get_submodule(module)
-            except AttributeError as error:
-                message = (
-                    f"base model {type(base_model).__name__} has no {module}; expected LlamaForCausalLM's structure"
-                )
-                raise AdapterError(message) from error
-        layers[index] = base_model.get_submodule(path)
-    return layers
+def _default_instruction(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Where responses are learnt, no generator may read them."""
+    if kwargs.get(MASK_ARGUMENT) is None and kwargs.get("labels") is not None:
+        kwargs[MASK_ARGUMENT] = before_labels(kwargs["labels"])
+    return args, kwargs
+
+
+def _enter(generator: ParadeGenerator, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    generator.instruction = kwargs.pop(ARGUMENT, None)
+    return args, kwargs
+
+
+def _leave(generator: ParadeGenerator, layer: nn.Module, args: Any, output: Any) -> None:
+    generator.instruction = None

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train a PARADE adapter, or LoRA or (IA)3 by the same command, and save it as PEFT does and the server reads.
+
+    python -m vllm_parade.train --model MODEL --task sst2 --data FOLDER --output_dir adapters/sst2
+    python -m vllm_parade.train --model MODEL --train_file pairs.jsonl --output_dir adapters/mine
+    python -m vllm_parade.train settings.yaml
+
+A YAML file holds the same settings, by the names of the flags; flags after it come on top. Several GPUs:
+`accelerate launch -m vllm_parade.train ...`, with FSDP or DDP as accelerate's own config says.
+"""
+
+import json
+import sys
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+from transformers import HfArgumentParser
+
+from vllm_parade.train.arguments import AdapterArguments, PromptTrainingArguments
+from vllm_parade.train.trainer import train
+
+
+def parse(arguments: list[str]) -> tuple[AdapterArguments, PromptTrainingArguments]:
+    """Read the command line, and the YAML file that it may begin with.
+
+    Raises:
+        ValueError: names the flag, its value and the remedy.
+    """
+    parser = HfArgumentParser(
+        (AdapterArguments, PromptTrainingArguments),
+        prog="python -m vllm_parade.train",
+        description=__doc__,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    if arguments and arguments[0].endswith((".yaml", ".yml")):
+        arguments = [*_flags(Path(arguments[0])), *arguments[1:]]
+    adapter, settings = parser.parse_args_into_dataclasses(arguments)
+    return adapter, settings
+
+
+def _flags(file: Path) -> Iterator[str]:
+    """A YAML file's settings as flags, so that those of the command line can come on top."""
+    values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} holds a {type(values).__name__}; expected settings by name")
+    for name, value in values.items():
+        yield f"--{name}"
+        for entry in value if isinstance(value, list) else [value]:
+            yield json.dumps(entry) if isinstance(entry, dict) else str(entry)
+
+
+def main() -> None:
+    """The command."""
+    try:
+        train(*parse(sys.argv[1:]))
+    except ValueError as error:
+        raise SystemExit(f"vllm_parade.train: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model card of a trained adapter: what it was trained on, how, and what that gave."""
+
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from vllm_parade.train.arguments import AdapterArguments, PromptTrainingArguments
+
+SHOWN = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "seed",
+)
+# Lines of a data folder's SOURCE.txt that say where the data come from.
+SOURCE_KEYS = ("data set", "licence as stated")
+
+
+def write_card(
+    folder: Path,
+    adapter: AdapterArguments,
+    arguments: PromptTrainingArguments,
+    state: Any,
+    metrics: dict[str, float],
+    counts: dict[str, int],
+) -> None:
+    """Write README.md into an adapter's folder.
+
+    Args:
+        state: the trainer's
+        metrics: the last evaluation's, of the best checkpoint
+        counts: what was trained and looked at, by name
+    """
+    base, subject = adapter.base_name or adapter.model, ", ".join(adapter.task) or "prompts and responses"
+    library = "vllm-parade" if adapter.method == "parade" else "peft"
+    measured = {name: value for name, value in metrics.items() if isinstance(value, float) and "per_second" not in name}
+    card = f"""---
+base_model: {base}
+library_name: {library}
+tags: [{adapter.method}, {", ".join(adapter.task)}]
+---
+# A {adapter.method} adapter for {subject}
+
+Trained by `python -m vllm_parade.train` on {base}. It answers well only to the wording it was trained on
+(`vllm_parade.train.templates`, template {adapter.template!r}).
+
+## Measured on dev
+
+| | |
+| --- | --- |
+{_rows(measured)}
+
+Loss is the mean over response tokens; the tasks' metrics are in per cent, of at most {adapter.metric_rows} examples
+each.
+
+## Training
+
+| | |
+| --- | --- |
+{_rows(counts)}
+{_rows({"method": adapter.method, "settings": adapter.peft or "default"})}
+{_rows({name: getattr(arguments, name) for name in SHOWN})}
+{_rows({"steps": state.global_step, "best checkpoint": Path(state.best_model_checkpoint or "the last").name})}
+{_rows({"machine": _machine(), "date": time.strftime("%Y-%m-%d")})}
+"""
+    (folder / "README.md").write_text(card + _sources(adapter.data), encoding="utf-8")
+
+
+def _rows(values: dict[str, Any]) -> str:
+    return "\n".join(
+        f"| {name} | {f'{value:.4g}' if isinstance(value, float) else value} |" for name, value in values.items()
+    )
+
+
+def _machine() -> str:
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
+    versions = (
+        f"Python {platform.python_version()}, PyTorch {torch.__version__}, Transformers {transformers.__version__}"
+    )
+    return f"{name}, {versions}"
+
+
+def _sources(folders: list[str]) -> str:
+    files = [path for path in (Path(folder) / "SOURCE.txt" for folder in folders) if path.is_file()]
+    lines = [line for path in files for line in path.read_text(encoding="utf-8").splitlines()]
+    sources = [f"- {line}" for line in lines if line.startswith(SOURCE_KEYS)]
+    return "\n".join(["\n## Data\n", *sources, ""]) if sources else ""

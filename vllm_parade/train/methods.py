@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PARADE and the methods that it is compared with, as PEFT configs."""
+
+from typing import Any
+
+from peft import IA3Config, LoraConfig, PeftConfig
+
+from vllm_parade.tuner import ParadeConfig
+
+LINEAR_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# The paper's settings of its baselines, for the LLaMA family: LoRA of rank 4 on all linear modules. (IA)3 scales what
+# PARADE scales (its feedforward modules would be scaled at their input), with the same vector for every prompt.
+METHODS: dict[str, tuple[type[PeftConfig], dict[str, Any]]] = {
+    "parade": (ParadeConfig, {}),
+    "lora": (LoraConfig, {"r": 4, "lora_alpha": 8, "target_modules": LINEAR_MODULES}),
+    "ia3": (IA3Config, {"target_modules": ["q_proj", "v_proj", "up_proj"], "feedforward_modules": []}),
+}
+
+
+def peft_config(method: str, settings: dict[str, Any]) -> PeftConfig:
+    """The PEFT config of a method, `settings` over its defaults.
+
+    Raises:
+        ValueError: a setting that the method does not have.
+    """
+    kind, defaults = METHODS[method]
+    try:
+        return kind(**{"task_type": "CAUSAL_LM", **defaults, **settings})
+    except TypeError as error:
+        raise ValueError(f"--peft got {settings} for {method}: {error}") from error
