@@ -69,8 +69,21 @@ def prompts(lengths: list[int], seed: int = 0, vocab: int = 40_000) -> list[dict
     return [{"prompt_token_ids": torch.randint(low, vocab, (n,), generator=random).tolist()} for n in lengths]
 
 
-def greedy(max_tokens: int = 8, **options: Any) -> Any:
+def greedy(max_tokens: int = 8, *, logprobs: int = 1, **options: Any) -> Any:
     """Sampling parameters of a greedy answer of exactly this length, with log-probabilities."""
     from vllm import SamplingParams
 
-    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, logprobs=1, **options)
+    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, logprobs=logprobs, **options)
+
+
+def record_steps(llm: Any, steps: list[dict[str, int]]) -> None:
+    """Note the scheduled tokens of every step, by the number of the request."""
+    mine = scheduler(llm)
+    original = mine.schedule
+
+    def schedule(*args: Any, **kwargs: Any) -> Any:
+        output = original(*args, **kwargs)
+        steps.append({name.split("-")[0]: tokens for name, tokens in output.num_scheduled_tokens.items()})
+        return output
+
+    mine.schedule = schedule

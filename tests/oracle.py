@@ -1,6 +1,8 @@
 """The float32 oracle: what Transformers and PEFT with `vllm_parade.tuner` answer, one request at a time."""
 
+from collections.abc import Callable
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,6 +14,10 @@ from vllm_parade import ParadeRequest
 TOLERANCE = 1e-3
 # An adapter that moves log-probabilities by less than this, on average, shows nothing by being right.
 ENOUGH = 20 * TOLERANCE
+
+# What sampling parameters make of the logits of the next token, [vocabulary], given the prompt's and the answer's
+# tokens before it. tests/rules.py has some.
+Rule = Callable[[torch.Tensor, list[int], list[int]], torch.Tensor]
 
 
 class Oracle:
@@ -25,53 +31,104 @@ class Oracle:
 
         self.base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
 
-    def check(self, outputs: list[Any], requests: list[ParadeRequest | None]) -> None:
-        """Assert that tokens are equal, and log-probabilities within the bound."""
+    def check(
+        self,
+        outputs: list[Any],
+        requests: list[ParadeRequest | None],
+        rule: Rule | None = None,
+        *,
+        grammar: bool = False,
+    ) -> None:
+        """Assert that tokens are equal, and log-probabilities within the bound.
+
+        `rule` is what all these requests' sampling parameters do to logits. The log-probabilities that vLLM gives are
+        those of before, unless it is a `grammar`: its mask comes before the sampler.
+        """
         assert len(outputs) == len(requests)
+        options = {"rule": rule, "grammar": grammar}
         for request in {id(request): request for request in requests}.values():
             mine = [output for output, other in zip(outputs, requests, strict=True) if other is request]
-            with self.model(request) as logprobs:
+            with self.model(request, **options) as logprobs:
                 wanted = [logprobs(output) for output in mine]
             for output, (tokens, values) in zip(mine, wanted, strict=True):
-                self._compare(output, request, tokens, values)
+                self._compare(output, request, tokens, values, options)
             if request is not None:
-                self._check_effect(request, mine, wanted)
+                with self.model(None, **options) as logprobs:
+                    plain = [logprobs(output)[1] for output in mine]
+                check_effect(request, torch.cat([values for _, values in wanted]), torch.cat(plain))
 
-    def _check_effect(self, request: ParadeRequest, outputs: list[Any], wanted: list[Any]) -> None:
-        with self.model(None) as logprobs:
-            moved = [(values - logprobs(output)[1]).abs() for output, (_, values) in zip(outputs, wanted, strict=True)]
-        effect = torch.cat(moved).mean().item()
-        assert effect > ENOUGH, (
-            f"{request.parade_name} moves log-probabilities by {effect:.1e} only: no test of anything"
-        )
+    def check_candidates(self, outputs: list[Any], requests: list[ParadeRequest | None], count: int) -> None:
+        """Assert the `count` likeliest tokens of every step, and of the prompt's where they were asked for."""
+        for request in {id(request): request for request in requests}.values():
+            mine = [output for output, other in zip(outputs, requests, strict=True) if other is request]
+            with self.logits(request) as logits:
+                wanted = [logits(output).log_softmax(-1) for output in mine]
+            for output, values in zip(mine, wanted, strict=True):
+                compare_candidates(output, values, count)
+            if request is not None:
+                with self.logits(None) as logits:
+                    plain = [logits(output).log_softmax(-1) for output in mine]
+                check_effect(request, torch.cat(wanted), torch.cat(plain))
 
     @contextmanager
-    def model(self, request: ParadeRequest | None, pooling_dtype: torch.dtype = torch.float32) -> Any:
+    def model(
+        self,
+        request: ParadeRequest | None,
+        pooling_dtype: torch.dtype = torch.float32,
+        rule: Rule | None = None,
+        grammar: bool = False,
+    ) -> Any:
         """A function from an output to the most likely tokens and the log-probabilities of those answered."""
+        with self.logits(request, pooling_dtype) as logits:
+
+            def logprobs(output: Any) -> tuple[list[int], torch.Tensor]:
+                prompt, answer = output.prompt_token_ids, list(output.outputs[0].token_ids)
+                free = logits(output)[len(prompt) - 1 :]
+                ruled = free
+                if rule is not None:
+                    ruled = torch.stack([rule(row, prompt, answer[:step]) for step, row in enumerate(free)])
+                values = (ruled if grammar else free).log_softmax(-1)
+                return ruled.argmax(-1).tolist(), values[torch.arange(len(answer)), torch.tensor(answer)]
+
+            yield logprobs
+
+    @contextmanager
+    def logits(self, request: ParadeRequest | None, pooling_dtype: torch.dtype = torch.float32) -> Any:
+        """A function from an output to the logits of every token but the prompt's first, [tokens - 1, vocabulary]."""
         model: Any = self.base
         if request is not None:
             model = PeftModel.from_pretrained(self.base, request.path)
             model.base_model.pooling_dtype = pooling_dtype
 
+        # Equal requests are answered equally: the second costs nothing.
+        @cache
         @torch.no_grad()
-        def logprobs(output: Any) -> tuple[list[int], torch.Tensor]:
-            prompt, answer = output.prompt_token_ids, list(output.outputs[0].token_ids)
-            ids = torch.tensor([prompt + answer[:-1]])
+        def forward(prompt_tokens: int, tokens: tuple[int, ...]) -> torch.Tensor:
+            ids = torch.tensor([tokens])
             options = {}
             if request is not None:
-                instruction = request.instruction_tokens or len(prompt)
+                instruction = request.instruction_tokens or prompt_tokens
                 options["instruction_mask"] = (torch.arange(ids.shape[1]) < instruction).long()[None]
-            logits = model(input_ids=ids, **options).logits[0, len(prompt) - 1 :]
-            values = logits.log_softmax(-1)
-            return logits.argmax(-1).tolist(), values[torch.arange(len(answer)), torch.tensor(answer)]
+            return model(input_ids=ids, **options).logits[0]
+
+        def logits(output: Any) -> torch.Tensor:
+            prompt = output.prompt_token_ids
+            return forward(len(prompt), (*prompt, *output.outputs[0].token_ids)[:-1])
 
         try:
-            yield logprobs
+            yield logits
         finally:
             if request is not None:
                 model.unload()
 
-    def _compare(self, output: Any, request: ParadeRequest | None, tokens: list[int], values: torch.Tensor) -> None:
+    def _compare(
+        self,
+        output: Any,
+        request: ParadeRequest | None,
+        tokens: list[int],
+        values: torch.Tensor,
+        options: dict[str, Any],
+    ) -> None:
         completion = output.outputs[0]
         answer = list(completion.token_ids)
         where = f"{request and request.parade_name}, prompt of {len(output.prompt_token_ids)} tokens"
@@ -79,11 +136,32 @@ class Oracle:
         served = torch.tensor([step[token].logprob for step, token in zip(completion.logprobs, answer, strict=True)])
         difference = (served - values).abs().max().item()
         if difference > TOLERANCE and request is not None:
-            with self.model(request, torch.float64) as logprobs:
+            with self.model(request, torch.float64, **options) as logprobs:
                 bound = 3 * (logprobs(output)[1] - values).abs().max().item()
             assert difference <= bound, f"{where}: log-probabilities differ by {difference}, bound {bound}"
         else:
             assert difference <= TOLERANCE, f"{where}: log-probabilities differ by {difference}"
+
+
+def check_effect(request: ParadeRequest, values: torch.Tensor, plain: torch.Tensor) -> None:
+    """Assert that the adapter's log-probabilities are not the base model's."""
+    effect = (values - plain).abs().mean().item()
+    assert effect > ENOUGH, f"{request.parade_name} moves log-probabilities by {effect:.1e} only: no test of anything"
+
+
+def compare_candidates(output: Any, values: torch.Tensor, count: int) -> None:
+    """Assert an output's candidates; those closer to each other than the tolerance may have changed places."""
+    prompt, completion = output.prompt_token_ids, output.outputs[0]
+    steps = [*(output.prompt_logprobs or [None] * len(prompt))[1:], *completion.logprobs]
+    for step, token, row in zip(steps, [*prompt, *completion.token_ids][1:], values, strict=True):
+        if step is None:
+            continue
+        assert token in step
+        best = sorted(step.values(), key=lambda candidate: candidate.rank)[:count]
+        assert [candidate.rank for candidate in best] == list(range(1, count + 1))
+        served = torch.tensor([candidate.logprob for candidate in step.values()])
+        assert (served - row[list(step)]).abs().max() <= TOLERANCE
+        assert (torch.tensor([one.logprob for one in best]) - row.topk(count).values).abs().max() <= TOLERANCE
 
 
 def beams(model: Any, prompt: list[int], tokens: int) -> Any:

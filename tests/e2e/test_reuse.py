@@ -112,6 +112,29 @@ def test_answers_to_one_prompt_cost_one_prefill(
     assert sum(scheduled) <= 512 + 7 * BLOCK + 8 * 4
 
 
+@pytest.mark.parametrize("twins", [True, False])
+def test_an_abort_gives_its_row_back(
+    llm: Any, oracle: Oracle, variants: dict[str, ParadeRequest], scheduled: list[int], twins: bool
+) -> None:
+    """More aborts than there are rows. The other request goes on, also where it held the same row."""
+    strong, rows = variants["strong"], scheduler(llm).rows
+    outputs: list[Any] = []
+    for seed in range(26, 30):
+        asked = prompts([50], seed=seed) * 2 if twins else prompts([50, 40], seed=seed)
+        names = llm.enqueue(asked, greedy(), parade_request=strong, use_tqdm=False)
+        for _ in range(4):
+            llm.llm_engine.step()
+        assert len(rows) == (1 if twins else 2)
+        llm.llm_engine.abort_request(names[1:], internal=True)
+        assert len(rows) == 1
+        outputs += llm.wait_for_completion(use_tqdm=False)
+        assert len(rows) == 0
+        # Asked again, the one that was aborted is answered from what it left behind.
+        outputs += llm.generate(asked[1:], greedy(), parade_request=strong, use_tqdm=False)
+        assert outputs[-1].num_cached_tokens >= BLOCK
+    oracle.check(outputs, [strong] * 8)
+
+
 def test_beam_search_equals_the_reference(
     smollm: str, oracle: Oracle, variants: dict[str, ParadeRequest], trained: dict[str, ParadeRequest]
 ) -> None:

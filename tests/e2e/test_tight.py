@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from tests.adapters import INNER, make_adapter
-from tests.engines import engine, greedy, prompts, scheduler
+from tests.engines import engine, greedy, prompts, record_steps, scheduler
 from tests.oracle import Oracle
 from vllm_parade import ParadeRequest
 from vllm_parade.adapter import BaseModelShape
@@ -51,6 +51,32 @@ def test_preempted_requests_resume_exactly(smollm: str, oracle: Oracle, variants
     assert len(preempted) > 0
     assert any(requests[int(number)] is not None for number in preempted)
     oracle.check(outputs, requests)
+
+
+def test_urgent_requests_overtake(smollm: str, oracle: Oracle, variants: dict[str, ParadeRequest]) -> None:
+    """Less urgent ones wait, and where blocks run short they are preempted, even those that came first."""
+    a, b = variants["strong"], variants["routing"]
+    asked, requests, priorities = prompts([40, 50, 45, 55, 35, 48]), [a, None, b, a, b, None], [2, 2, 1, 0, 0, 1]
+    steps: list[dict[str, int]] = []
+    preempted: list[str] = []
+    tight = {"num_gpu_blocks_override": 6, "block_size": 32, "max_num_batched_tokens": 64, "max_model_len": 128}
+    # No row to spare: whoever is preempted gives its own to the one that overtakes.
+    few = {"max_num_seqs": 2, "parade_vector_cache": 0}
+    with engine(smollm, enable_parade=True, scheduling_policy="priority", **few, **tight) as llm:
+        record_steps(llm, steps)
+        record_preemptions(llm, preempted)
+        for part in (slice(2), slice(2, 6)):
+            given = {"parade_request": requests[part], "priority": priorities[part], "use_tqdm": False}
+            llm.enqueue(asked[part], greedy(40), **given)
+            for _ in range(4):
+                llm.llm_engine.step()
+        outputs = llm.wait_for_completion(use_tqdm=False)
+        assert len(scheduler(llm).rows) == 0
+    oracle.check(outputs, requests)
+    order = list(dict.fromkeys(name for step in steps for name in step))
+    assert [priorities[int(name)] for name in order] == [2, 2, 0, 0, 1, 1]
+    assert "0" in preempted
+    assert all(priorities[int(name)] > 0 for name in preempted)
 
 
 def test_reset_of_the_prefix_cache_generates_anew(
@@ -100,19 +126,6 @@ def test_two_ranks(tiny: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) ->
             prompts(lengths, vocab=512), greedy(detokenize=False), parade_request=requests, use_tqdm=False
         )
     Oracle(tiny).check(outputs, requests)
-
-
-def record_steps(llm: Any, steps: list[dict[str, int]]) -> None:
-    """Note the scheduled tokens of every step, by the number of the request."""
-    mine = scheduler(llm)
-    original = mine.schedule
-
-    def schedule(*args: Any, **kwargs: Any) -> Any:
-        output = original(*args, **kwargs)
-        steps.append({name.split("-")[0]: tokens for name, tokens in output.num_scheduled_tokens.items()})
-        return output
-
-    mine.schedule = schedule
 
 
 def record_preemptions(llm: Any, preempted: list[str]) -> None:
