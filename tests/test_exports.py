@@ -34,17 +34,21 @@ def test_every_all_names_what_the_module_has(path):
     ]
     defined = {
         name
-        for node in tree.body
+        for node in ast.walk(tree)
         for name in (
             [alias.asname or alias.name for alias in node.names]
             if isinstance(node, (ast.ImportFrom, ast.Import))
             else [node.name]
             if isinstance(node, (ast.FunctionDef, ast.ClassDef))
-            else [target.id for target in getattr(node, "targets", [])]
+            else [target.id for target in _targets(node) if isinstance(target, ast.Name)]
         )
     }
     assert len(set(names)) == len(names)
     assert set(names) <= defined
+
+
+def _targets(node: ast.AST) -> list[ast.expr]:
+    return [node.target] if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [])
 
 
 LIGHT = ("vllm_parade", "vllm_parade.adapter", "vllm_parade.ops.reference", "vllm_parade.tuner", "vllm_parade.train")
@@ -52,8 +56,8 @@ LIGHT = ("vllm_parade", "vllm_parade.adapter", "vllm_parade.ops.reference", "vll
 
 @pytest.mark.parametrize("module", LIGHT)
 def test_training_code_loads_neither_vllm_nor_triton(module):
-    """PyTorch and transformers may look whether Triton is there; what they load by themselves is not ours."""
-    library = "torch, transformers.models.llama" if module.endswith(("tuner", "train")) else "torch"
+    """PyTorch, PEFT and Transformers may look whether Triton is there; what they load by themselves is not ours."""
+    library = "torch, peft, transformers.trainer" if module.endswith(("tuner", "train")) else "torch"
     script = (
         f"import sys, pkgutil, importlib, {library}\n"
         "before = set(sys.modules)\n"
