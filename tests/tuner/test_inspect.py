@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m vllm_parade.inspect`: vectors over prompts, how much they depend on them, and pictures."""
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+
+from tests.tuner.models import PAD, make
+from vllm_parade.inspect import attention_maps, prompt_dependence, vectors
+from vllm_parade.tuner import ParadeConfig
+
+ADAPTER = Path(__file__).parents[2] / "examples/adapters/sst2"
+TOKENIZER = SimpleNamespace(pad_token_id=PAD)
+
+
+@pytest.fixture
+def model() -> Any:
+    model = get_peft_model(make("llama"), ParadeConfig(r=8, layers_to_transform=[0, 2])).eval()
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if ".parade_generator." in name:
+            parameter.data.normal_(float(name.endswith("bias")), 0.5)
+    return model
+
+
+def test_vectors_of_padded_prompts_are_those_of_each_alone(model: Any) -> None:
+    prompts = [[5, 6, 7], [8, 9, 10, 11, 12]]
+    together = vectors(model, TOKENIZER, prompts)
+    assert {layer: tuple(found.shape) for layer, found in together.items()} == {0: (2, 192), 2: (2, 192)}
+    for number, prompt in enumerate(prompts):
+        alone = vectors(model, TOKENIZER, [prompt])
+        for layer, found in alone.items():
+            torch.testing.assert_close(together[layer][number], found[0], atol=1e-4, rtol=1e-4)
+
+
+def test_prompt_dependence() -> None:
+    constant = prompt_dependence({0: torch.full((3, 4), 1.5)})
+    assert constant == {"spread": 0.0, "distance": 0.5, "ratio": 0.0}
+    half = prompt_dependence({0: torch.tensor([[1.0, 1.5], [2.0, 1.5]])})
+    assert half["spread"] == pytest.approx((0.5**2 / 2) ** 0.5)
+    assert half["distance"] == pytest.approx(0.5)
+    assert prompt_dependence({0: torch.ones(2, 2)})["ratio"] == 0
+
+
+def test_attention_maps_are_cut_and_add_up(model: Any) -> None:
+    model.base_model.model.set_attn_implementation("eager")
+    maps = attention_maps(model, list(range(3, 90)), [1])
+    assert maps[1].shape == (4, 64, 64)
+    torch.testing.assert_close(maps[1].sum(-1), torch.ones(4, 64))
+
+
+@pytest.mark.slow
+def test_pictures(smollm: str, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a gripping movie\nThe sentiment of the given sentence is:\n\ndull\n")
+    command = [sys.executable, "-m", "vllm_parade.inspect", "--model", smollm, "--adapter", str(ADAPTER)]
+    command += ["--prompts", str(prompts), "--output", str(tmp_path)]
+    done = subprocess.run([*command, "--layers", "0", "29"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for name in ("attention_layer0.png", "attention_layer29.png", "vectors.png"):
+        assert (tmp_path / name).stat().st_size > 5000
+    assert "vectors over prompts: spread 0.0" in done.stdout
+    refused = subprocess.run([*command, "--layers", "30"], capture_output=True, text=True, timeout=300)
+    assert refused.returncode == 1
+    assert "layer 30 has no vectors" in refused.stderr

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Score adapters and their base model on a task, served together by vLLM.
+
+    python -m vllm_parade.evaluate --model MODEL --task sst2 --data FOLDER --adapter mine=adapters/sst2
+
+Base model and all adapters answer in one batch. Adapters are PARADE's, or LoRA's, which vLLM serves too. Where a task
+has only a few answers the likeliest counts; else the greedy answer, or the best of a beam search (--num_beams 3, as in
+the paper).
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vllm_parade.train.data import encode_prompt
+from vllm_parade.train.tasks import TASKS, Example, Task
+from vllm_parade.train.templates import TEMPLATES
+
+BASE = "base model"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(
+        prog="python -m vllm_parade.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--model", required=True, help="base model, a folder or a name on the Hub")
+    top.add_argument("--task", required=True, choices=sorted(TASKS))
+    top.add_argument("--data", required=True, type=Path, help="folder of the task's files")
+    top.add_argument(
+        "--adapter",
+        nargs="+",
+        default=[],
+        type=_named,
+        metavar="NAME=PATH",
+        help="folders of adapters, all of one kind",
+    )
+    top.add_argument("--split", default="test", choices=("dev", "test"), help="default: %(default)s")
+    top.add_argument("--rows", type=int, help="the split's first examples; default: all")
+    top.add_argument("--template", default="chat", choices=sorted(TEMPLATES), help="as in training")
+    top.add_argument("--num_beams", type=int, default=1, help="default: %(default)s, greedy")
+    top.add_argument("--engine", type=json.loads, default={}, help="further engine arguments, as JSON")
+    top.add_argument("--output", type=Path, help="JSON file for scores and answers")
+    return top
+
+
+def _named(text: str) -> tuple[str, str]:
+    name, equals, path = text.partition("=")
+    if not equals or not name or not (Path(path) / "adapter_config.json").is_file():
+        raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=PATH, the folder of an adapter")
+    return name, path
+
+
+def adapter_kind(adapters: Sequence[tuple[str, str]]) -> str:
+    """PARADE or LORA, by the adapters' configs.
+
+    Raises:
+        ValueError: a kind that vLLM does not serve, or several.
+    """
+    kinds = {json.loads((Path(path) / "adapter_config.json").read_text())["peft_type"] for _, path in adapters}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"--adapter names adapters of the kinds {', '.join(sorted(kinds))}; one engine serves one kind"
+        )
+    kind = kinds.pop() if kinds else "PARADE"
+    if kind not in ("PARADE", "LORA"):
+        raise ValueError(
+            f"--adapter names an adapter of the kind {kind}, which vLLM does not serve; expected PARADE or LORA"
+        )
+    return kind
+
+
+class Server:
+    """An engine that serves base model and adapters."""
+
+    def __init__(self, model: str, adapters: Sequence[tuple[str, str]], engine: dict[str, Any]) -> None:
+        from vllm import LLM
+        from vllm.lora.request import LoRARequest
+
+        from vllm_parade import ParadeRequest
+
+        self.kind, count = adapter_kind(adapters), max(len(adapters), 1)
+        self.requests: dict[str, Any] = {BASE: None}
+        if self.kind == "PARADE":
+            options = {"enable_parade": True, "max_parades": count, "max_parade_rank": _largest(adapters, 16)}
+            self.requests |= {name: ParadeRequest(name, path) for name, path in adapters}
+        else:
+            options = {"enable_lora": True, "max_loras": count, "max_lora_rank": _lora_rank(_largest(adapters, 8))}
+            self.requests |= {name: LoRARequest(name, i + 1, path) for i, (name, path) in enumerate(adapters)}
+        self.llm = LLM(model, **{**options, **engine})
+        self.tokenizer = self.llm.get_tokenizer()
+
+    def answers(self, task: Task, examples: Sequence[Example], template: str, num_beams: int) -> dict[str, list[str]]:
+        """Answers to all examples by base model and every adapter."""
+        prompts = [{"prompt_token_ids": encode_prompt(self.tokenizer, e.prompt, template)} for e in examples]
+        asked = [(prompt, request) for request in self.requests.values() for prompt in prompts]
+        texts = self._ask([prompt for prompt, _ in asked], [request for _, request in asked], task, num_beams)
+        parts = (texts[start : start + len(prompts)] for start in range(0, len(texts), len(prompts)))
+        return dict(zip(self.requests, parts, strict=True))
+
+    def _ask(self, prompts: list[Any], requests: list[Any], task: Task, num_beams: int) -> list[str]:
+        from vllm import SamplingParams
+        from vllm.sampling_params import BeamSearchParams
+
+        chosen = {"parade_request" if self.kind == "PARADE" else "lora_request": requests}
+        if task.choices:
+            first = [self.tokenizer(choice, add_special_tokens=False)["input_ids"][0] for choice in task.choices]
+            params = SamplingParams(temperature=0, max_tokens=1, allowed_token_ids=first)
+            outputs = self.llm.generate(prompts, params, **chosen)
+            return [task.choices[first.index(output.outputs[0].token_ids[0])] for output in outputs]
+        if num_beams == 1:
+            outputs = self.llm.generate(
+                prompts, SamplingParams(temperature=0, max_tokens=task.max_new_tokens), **chosen
+            )
+            return [output.outputs[0].text.strip() for output in outputs]
+        beams = self.llm.beam_search(prompts, BeamSearchParams(num_beams, task.max_new_tokens), **chosen)
+        # A beam's text begins with its prompt.
+        return [
+            self.tokenizer.decode(
+                beam.sequences[0].tokens[len(prompt["prompt_token_ids"]) :], skip_special_tokens=True
+            ).strip()
+            for prompt, beam in zip(prompts, beams, strict=True)
+        ]
+
+
+def _largest(adapters: Sequence[tuple[str, str]], least: int) -> int:
+    ranks = (json.loads((Path(path) / "adapter_config.json").read_text())["r"] for _, path in adapters)
+    return max([least, *ranks])
+
+
+def _lora_rank(rank: int) -> int:
+    # vLLM takes these only.
+    return next(size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= rank)
+
+
+def evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    """Scores of base model and adapters, with the answers that they are scores of."""
+    task = TASKS[args.task]
+    examples = getattr(task.read(args.data), args.split)[: args.rows]
+    server = Server(args.model, args.adapter, args.engine)
+    started = time.perf_counter()
+    answers = server.answers(task, examples, args.template, args.num_beams)
+    return {
+        "task": task.name,
+        "split": args.split,
+        "examples": len(examples),
+        "metric": task.metric_name,
+        "num_beams": 1 if task.choices else args.num_beams,
+        "seconds": time.perf_counter() - started,
+        "scores": {name: task.metric(texts, examples) for name, texts in answers.items()},
+        "prompts": [example.prompt for example in examples],
+        "references": [example.responses for example in examples],
+        "answers": answers,
+    }
+
+
+def main() -> None:
+    """The command."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    args = parser().parse_args()
+    try:
+        results = evaluate(args)
+    except ValueError as error:
+        raise SystemExit(f"vllm_parade.evaluate: {error}") from error
+    head = f"{results['task']}, {results['split']}, {results['examples']} examples"
+    print(f"| {head} | {results['metric']} |", "| --- | --- |", sep="\n")
+    for name, value in results["scores"].items():
+        print(f"| {name} | {value:.1f} |")
+    if args.output:
+        args.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

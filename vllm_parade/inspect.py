@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Draw what an adapter does: attention maps with and without it, as in the paper's Figures 3-6, and vectors by prompt.
+
+    python -m vllm_parade.inspect --model MODEL --adapter adapters/sst2 --prompts prompts.txt --output pictures
+
+Prints how much the vectors depend on the prompt: their spread over the prompts, relative to their distance from one.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from vllm_parade.train.data import encode_prompt, pad_left
+from vllm_parade.train.templates import TEMPLATES
+from vllm_parade.tuner.model import ARGUMENT
+
+# As in the paper's figures.
+MAX_TOKENS = 64
+SHOWN_ENTRIES = 512
+
+
+def vectors(model: Any, tokenizer: Any, prompts: Sequence[list[int]], batch_size: int = 64) -> dict[int, Tensor]:
+    """Vectors of all prompts, [prompts, d_out] float32 on the CPU, by layer."""
+    parts: dict[int, list[Tensor]] = {}
+    for start in range(0, len(prompts), batch_size):
+        batch = pad_left(prompts[start : start + batch_size], tokenizer.pad_token_id, model.device)
+        with torch.no_grad():
+            cache = model(**batch, use_cache=True, logits_to_keep=1).past_key_values
+        for layer, part in getattr(cache, ARGUMENT).vectors.items():
+            parts.setdefault(layer, []).append(part.float().cpu())
+    return {layer: torch.cat(found) for layer, found in parts.items()}
+
+
+def prompt_dependence(found: dict[int, Tensor]) -> dict[str, float]:
+    """How much vectors differ from prompt to prompt, over all layers.
+
+    Returns:
+        spread: root mean square, over entries, of the standard deviation over prompts
+        distance: root mean square distance of the mean vector from one
+        ratio: spread / distance; 0 is a constant vector, (IA)3's
+    """
+    every = torch.cat(list(found.values()), dim=1)
+    spread = every.std(dim=0, correction=0).square().mean().sqrt().item()
+    distance = (every.mean(dim=0) - 1).square().mean().sqrt().item()
+    return {"spread": spread, "distance": distance, "ratio": spread / distance if distance else 0.0}
+
+
+def attention_maps(model: Any, ids: list[int], layers: Sequence[int]) -> dict[int, Tensor]:
+    """Attention of the prompt's first tokens, [heads, tokens, tokens], by layer."""
+    tokens = torch.tensor([ids[:MAX_TOKENS]], device=model.device)
+    with torch.no_grad():
+        attentions = model(input_ids=tokens, output_attentions=True).attentions
+    return {layer: attentions[layer][0].float().cpu() for layer in layers}
+
+
+def draw_attention(model: Any, ids: list[int], layers: Sequence[int], heads: Sequence[int], folder: Path) -> list[Path]:
+    """One picture a layer: a row with the adapter and one without it, a column a head."""
+    from matplotlib import pyplot
+
+    adapted = attention_maps(model, ids, layers)
+    with model.disable_adapter():
+        plain = attention_maps(model, ids, layers)
+    paths = []
+    for layer in layers:
+        size = (2.6 * len(heads) + 0.6, 5.4)
+        figure, axes = pyplot.subplots(2, len(heads), figsize=size, layout="constrained", squeeze=False)
+        for row, (label, maps) in enumerate((("base model", plain), ("with adapter", adapted))):
+            for column, head in enumerate(heads):
+                axes[row, column].imshow(maps[layer][head].sqrt(), cmap="magma", vmin=0, vmax=1)
+                axes[row, column].set_title(f"{label}, head {head}", fontsize=8)
+                axes[row, column].tick_params(labelsize=6)
+        figure.suptitle(f"layer {layer}: square root of attention, key along the bottom", fontsize=9)
+        paths.append(folder / f"attention_layer{layer}.png")
+        figure.savefig(paths[-1], dpi=120)
+        pyplot.close(figure)
+    return paths
+
+
+def draw_vectors(found: dict[int, Tensor], layers: Sequence[int], folder: Path) -> Path:
+    """A panel a layer: prompts down, the entries that differ most from one across."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(
+        len(layers), 1, figsize=(9, 1.2 + 1.6 * len(layers)), layout="constrained", squeeze=False
+    )
+    for axis, layer in zip(axes[:, 0], layers, strict=True):
+        rows = found[layer]
+        order = (rows.mean(dim=0) - 1).abs().argsort(descending=True)[:SHOWN_ENTRIES].sort().values
+        limit = max((rows - 1).abs().max().item(), 1e-6)
+        image = axis.imshow(rows[:, order], aspect="auto", cmap="RdBu", vmin=1 - limit, vmax=1 + limit)
+        axis.set_ylabel(f"layer {layer}", fontsize=8)
+        axis.tick_params(labelsize=6)
+        figure.colorbar(image, ax=axis)
+    axes[-1, 0].set_xlabel(f"the {SHOWN_ENTRIES} entries that differ most from one; a row a prompt", fontsize=8)
+    path = folder / "vectors.png"
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return path
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(
+        prog="python -m vllm_parade.inspect", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    top.add_argument("--model", required=True, help="base model, a folder or a name on the Hub")
+    top.add_argument("--adapter", required=True, type=Path, help="folder of the adapter")
+    top.add_argument("--prompts", required=True, type=Path, help="text file, a prompt a line; maps show the first")
+    top.add_argument("--layers", type=int, nargs="+", help="default: first, middle and last")
+    top.add_argument("--heads", type=int, nargs="+", default=[0, 1, 2, 3], help="default: the first four")
+    top.add_argument("--template", default="chat", choices=sorted(TEMPLATES), help="as in training")
+    top.add_argument("--output", required=True, type=Path, help="folder for the pictures")
+    return top
+
+
+def main() -> None:
+    """The command."""
+    import matplotlib
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    matplotlib.use("Agg")
+    args = parser().parse_args()
+    lines = [line for line in args.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not lines:
+        raise SystemExit(f"vllm_parade.inspect: {args.prompts} holds no prompt; expected one a line")
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    base = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, attn_implementation="eager")
+    model: Any = PeftModel.from_pretrained(base, args.adapter).eval()
+    prompts = [encode_prompt(tokenizer, line, args.template) for line in lines]
+    found = vectors(model, tokenizer, prompts)
+    adapted = sorted(found)
+    layers = args.layers or sorted({adapted[0], adapted[len(adapted) // 2], adapted[-1]})
+    if missing := [layer for layer in layers if layer not in found]:
+        raise SystemExit(f"vllm_parade.inspect: layer {missing[0]} has no vectors; expected some of {adapted}")
+    args.output.mkdir(parents=True, exist_ok=True)
+    for path in (
+        *draw_attention(model, prompts[0], layers, args.heads, args.output),
+        draw_vectors(found, layers, args.output),
+    ):
+        print(path)
+    figures = prompt_dependence(found)
+    print("vectors over prompts: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+
+
+if __name__ == "__main__":
+    main()
