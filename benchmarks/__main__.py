@@ -9,6 +9,7 @@ Compare only figures of one run: another card, another day, another number.
 
 import argparse
 import json
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,8 @@ from pathlib import Path
 from benchmarks.engine import VARIANTS, Settings
 from benchmarks.models import SIZES
 from benchmarks.workloads import WORKLOADS, Record
+
+STUDY_PARTS = ("tasks", "mixture", "inputs", "starts", "variants", "budgets")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -72,6 +75,33 @@ def exactness(args: argparse.Namespace) -> None:
     main(args)
 
 
+def study(args: argparse.Namespace) -> None:
+    """PARADE beside LoRA and (IA)3 in quality; what is done is saved, whatever becomes of the next group."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from benchmarks.plan import ALL_TASKS, plan, study_table
+    from benchmarks.report import save
+    from benchmarks.study import Study
+
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    base = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(device)
+    groups = [group for part in args.parts for group in plan(part) if not args.only or args.only in group.name]
+    folders = {task: args.data / task for task in ALL_TASKS if any(task in group.tasks for group in groups)}
+    found, results = Study(base, tokenizer, folders), []
+    deadline = time.monotonic() + 60 * args.minutes
+    for group in groups:
+        if time.monotonic() > deadline:
+            print(f"{args.minutes} minutes are over; {group.name}, {group.method} and what follows were not run")
+            break
+        mine = list(found.records(replace(group, steps=args.steps or group.steps)))
+        results += mine
+        save(args.out, vars(args), results)
+        print(study_table(mine), f"{mine[0]['group_s']:.0f} s", flush=True)
+    print(study_table(results))
+
+
 def plot(args: argparse.Namespace) -> None:
     """Pictures of results."""
     from benchmarks.plot import pictures
@@ -82,12 +112,16 @@ def plot(args: argparse.Namespace) -> None:
 
 def show(args: argparse.Namespace) -> None:
     """Tables of saved results, those of several files together."""
+    from benchmarks.plan import study_table
     from benchmarks.report import tables
 
     contents = [json.loads(file.read_text()) for file in args.results]
     for machine in {json.dumps(content["machine"]) for content in contents}:
         print(machine)
-    print(tables([record for content in contents for record in content["results"]]))
+    records = [record for content in contents for record in content["results"]]
+    print(tables(records))
+    if studied := [record for record in records if record["workload"] == "study"]:
+        print(study_table(studied))
 
 
 def _out_flag(sub: argparse.ArgumentParser) -> None:
@@ -146,6 +180,17 @@ def parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
     _folder_flags(sub)
+    _out_flag(sub)
+
+    sub = command(
+        study, "Train PARADE, LoRA and (IA)3 side by side on real tasks, and measure what the prompt is worth."
+    )
+    sub.add_argument("parts", nargs="+", choices=STUDY_PARTS, metavar="PART", help=", ".join(STUDY_PARTS))
+    sub.add_argument("--model", required=True, help="base model of the LLaMA family")
+    sub.add_argument("--data", type=Path, required=True, help="folder with a folder of every task, by its name")
+    sub.add_argument("--only", help="of the parts' groups those whose name has this in it")
+    sub.add_argument("--steps", type=int, help="instead of each group's own number")
+    sub.add_argument("--minutes", type=float, default=1e9, help="after which no group is begun any more")
     _out_flag(sub)
 
     sub = command(show, "Print result files as tables; variants measured one by one get their ratios here.")

@@ -15,6 +15,7 @@ from base_model import base_model
 from benchmarks.models import make_random_llama
 from tests.adapters import VARIANTS, make_adapter
 from tests.oracle import Oracle
+from tests.tasks import write_sst2
 from vllm_parade import ParadeRequest
 from vllm_parade.adapter import BaseModelShape
 
@@ -87,3 +88,9 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp("tiny") / f"kv{request.param}"
     make_random_llama(folder, request.param)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def sst2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small task in SST-2's format."""
+    return write_sst2(tmp_path_factory.mktemp("sst2"))

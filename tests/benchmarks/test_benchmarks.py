@@ -19,7 +19,7 @@ from vllm_parade.adapter import BaseModelShape, load_adapter
 
 ROOT = Path(__file__).parents[2]
 SHAPE = BaseModelShape(8, 1, {"q": 8, "k": 4, "v": 4, "gate": 16, "up": 16})
-COMMANDS = ["run", "serve", "kernels", "exactness", "show", "plot"]
+COMMANDS = ["run", "serve", "kernels", "exactness", "study", "show", "plot"]
 
 
 def made_up(workload: str, variant: str, **values: Any) -> dict[str, Any]:

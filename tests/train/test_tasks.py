@@ -23,9 +23,8 @@ def test_sst2_is_read_without_what_is_held_out(sst2: Path) -> None:
 def test_rte_answers_yes_or_no(tmp_path: Path) -> None:
     for name, label in (("train", "entailment"), ("val", "not_entailment"), ("dev", "entailment")):
         # Quotation marks are text, as in GLUE's files.
-        (tmp_path / f"{name}.tsv").write_text(
-            f'index\tsentence1\tsentence2\tlabel\n0\t"He said {name}.\tHe spoke.\t{label}\n'
-        )
+        head = "" if name == "val" else "index\tsentence1\tsentence2\tlabel\n"
+        (tmp_path / f"{name}.tsv").write_text(f'{head}0\t"He said {name}.\tHe spoke.\t{label}\n')
     splits = TASKS["rte"].read(tmp_path)
     assert splits.train == [Example(rte_prompt('"He said train.', "He spoke."), ("yes",))]
     assert splits.dev[0].responses == ("no",)

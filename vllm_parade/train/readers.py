@@ -66,9 +66,10 @@ def read_rte(folder: Path) -> Splits:
 
 def _rte(path: Path) -> Iterator[Example]:
     with path.open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE):
-            answer = "yes" if row["label"] == "entailment" else "no"
-            yield Example(rte_prompt(row["sentence1"], row["sentence2"]), (answer,))
+        for _, premise, hypothesis, label in csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE):
+            # Not all of the files have a line of headings.
+            if label != "label":
+                yield Example(rte_prompt(premise, hypothesis), ("yes" if label == "entailment" else "no",))
 
 
 def read_boolq(folder: Path) -> Splits:

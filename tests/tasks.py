@@ -4,8 +4,6 @@
 from itertools import product
 from pathlib import Path
 
-import pytest
-
 GOOD = ("moving", "funny", "clever", "warm", "gripping", "beautiful")
 BAD = ("dull", "tedious", "loud", "clumsy", "lifeless", "messy")
 NOUNS = ("film", "comedy", "drama", "story", "sequel", "picture")
@@ -17,9 +15,8 @@ def sentences() -> list[tuple[str, int]]:
     return [(f"a {word} {noun}", label) for noun, pair in product(NOUNS, pairs) for word, label in pair]
 
 
-@pytest.fixture(scope="session")
-def sst2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sst2")
+def write_sst2(folder: Path) -> Path:
+    """60 examples to train on, and 8 and 4 held out."""
     rows = [f"{sentence}\t{label}" for sentence, label in sentences()]
     # The first training sentence stands in dev too.
     for split, lines in {"train": rows[:60] + rows[60:61], "dev": rows[60:68], "test": rows[68:]}.items():

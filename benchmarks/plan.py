@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the study runs, and its tables."""
+
+import statistics
+from collections.abc import Iterator, Sequence
+from itertools import product
+from typing import Any
+
+from benchmarks.stacked import Hyperparameters
+from benchmarks.study import Group, Record
+
+ALL_TASKS = ("sst2", "rte", "boolq", "e2e", "wikisql")
+SEEDS = (0, 1, 2)
+RATES = {"parade": (2e-3, 5e-3, 1e-2), "lora": (5e-4, 1e-3, 3e-3), "ia3": (5e-3, 1e-2, 3e-2)}
+# The paper's Table 6.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "PARADE": {},
+    "PARADE-1": {"pooler": "last_token"},
+    "PARADE-2": {"pooler": "dynamic_routing"},
+    "PARADE-3": {"sites": ["q", "k", "v", "gate", "up"], "r": 8},
+    "PARADE-4": {"sites": ["q", "v"], "r": 24},
+}
+BUDGETS = (3, 6, 12, 24, 48)
+# Ways to make the prompt matter: of a group's shape, and of single runs.
+INPUTS: dict[str, dict[str, Any]] = {
+    "layer input": {},
+    "attention input": {"settings": {"generator_input": "attention_input"}},
+    "own words": {"own_words": True},
+    "attention input, own words": {"settings": {"generator_input": "attention_input"}, "own_words": True},
+}
+STARTS: dict[str, dict[str, float]] = {
+    "as usual": {},
+    "bias slow": {"bias_lr": 0.1},
+    "bias fixed": {"bias_lr": 0.0},
+    "wide": {"initial_std": 10.0},
+}
+
+
+def _runs(method: str, **options: float) -> tuple[Hyperparameters, ...]:
+    return tuple(Hyperparameters(lr, seed, **options) for lr, seed in product(RATES[method], SEEDS))
+
+
+def plan(name: str) -> Iterator[Group]:
+    """Groups of a part of the study.
+
+    Raises:
+        KeyError: there is no such part.
+    """
+    yield from PARTS[name]()
+
+
+def _tasks() -> Iterator[Group]:
+    for task, method in product(ALL_TASKS, RATES):
+        yield Group(f"tasks/{task}", method, (task,), _runs(method))
+
+
+def _mixture() -> Iterator[Group]:
+    for method in RATES:
+        yield Group("mixture", method, ALL_TASKS, _runs(method), steps=1000)
+
+
+def _inputs() -> Iterator[Group]:
+    for name, options in INPUTS.items():
+        yield Group(f"inputs/{name}", "parade", ALL_TASKS, _runs("parade"), steps=1000, **options)
+
+
+def _starts() -> Iterator[Group]:
+    for name, options in STARTS.items():
+        yield Group(f"starts/{name}", "parade", ALL_TASKS, _runs("parade", **options), steps=1000)
+
+
+def _variants() -> Iterator[Group]:
+    for name, settings in VARIANTS.items():
+        yield Group(f"variants/{name}", "parade", ALL_TASKS, _runs("parade"), settings, steps=1000)
+
+
+def _budgets() -> Iterator[Group]:
+    for r in BUDGETS:
+        settings = {"r": r, "num_capsules": 3 if r % 4 else 4}
+        yield Group(f"budgets/r={r}", "parade", ALL_TASKS, _runs("parade"), settings, steps=1000)
+
+
+PARTS = {
+    "tasks": _tasks,
+    "mixture": _mixture,
+    "inputs": _inputs,
+    "starts": _starts,
+    "variants": _variants,
+    "budgets": _budgets,
+}
+
+
+def best_rate(records: Sequence[Record]) -> list[Record]:
+    """The records of the learning rate whose median dev loss over seeds is lowest."""
+    by_rate: dict[float, list[Record]] = {}
+    for record in records:
+        by_rate.setdefault(record["lr"], []).append(record)
+    return min(by_rate.values(), key=lambda mine: statistics.median(record["dev_loss"] for record in mine))
+
+
+def study_table(records: Sequence[Record]) -> str:
+    """A line for every group and method: medians over seeds at its best learning rate, and their range."""
+    groups: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        groups.setdefault((record["group"], record["variant"]), []).append(record)
+    tasks = sorted({task for record in records for task in record["tasks"]})
+    head = ["group", "method", "parameters", "lr", "seeds", "dev loss"]
+    head += [column for task in tasks for column in (task, f"{task} swapped", f"{task} dependence")]
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for (group, method), mine in groups.items():
+        best = best_rate(mine)
+        cells = [group, method, f"{best[0]['parameters']:,}", f"{best[0]['lr']:g}", str(len(best))]
+        cells.append(_median([record["dev_loss"] for record in best], 3))
+        for task in tasks:
+            cells.append(_median([record[task] for record in best if task in record], 1))
+            cells.append(_median([record[f"{task}_swapped"] for record in best if f"{task}_swapped" in record], 1))
+            found = [record[f"{task}_dependence"]["ratio"] for record in best if f"{task}_dependence" in record]
+            cells.append(_median(found, 3))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _median(values: Sequence[float], digits: int) -> str:
+    if not values:
+        return ""
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The study: what it runs, what it measures, and its tables."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from benchmarks.__main__ import STUDY_PARTS
+from benchmarks.plan import PARTS, best_rate, plan, study_table
+from benchmarks.stacked import Hyperparameters
+from benchmarks.study import Group, Study, template_size
+from vllm_parade.train.data import encode_prompt
+from vllm_parade.train.methods import peft_config
+
+RUNS = (Hyperparameters(3e-2, 0), Hyperparameters(3e-2, 1))
+
+
+@pytest.fixture(scope="module")
+def study(smollm: str, sst2: Path) -> Study:
+    """Of a tiny random model that knows SmolLM2's tokens."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": 2}
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=49152, initializer_range=0.3, **sizes)).eval()
+    return Study(base, AutoTokenizer.from_pretrained(smollm), {"sst2": sst2}, eval_every=5)
+
+
+def test_every_part_can_be_run() -> None:
+    assert tuple(PARTS) == STUDY_PARTS
+    for part in PARTS:
+        groups = list(plan(part))
+        assert groups
+        for group in groups:
+            assert len(group.runs) == 9
+            peft_config(group.method, group.settings)
+
+
+@pytest.mark.parametrize("own_words", [False, True])
+def test_a_group_is_trained_and_measured(study: Study, own_words: bool) -> None:
+    records = list(
+        study.records(Group("g", "parade", ("sst2",), RUNS, {"r": 8}, steps=10, rows=4, own_words=own_words))
+    )
+    assert [record["seed"] for record in records] == [0, 1]
+    first = records[0]
+    assert first["best_step"] in (5, 10)
+    assert first["dev_loss"] < 12
+    assert 0 <= first["sst2"] <= 100
+    assert 0 <= first["sst2_swapped"] <= 100
+    assert first["sst2_dependence"]["ratio"] > 0
+    assert first["parameters"] == 2 * (32 * 8 + 8 * 112 + 8 * 8 + 4 * 8 + 112)
+    # The base model is as it was.
+    assert not any(module._forward_hooks for module in study.base.modules())
+
+
+def test_training_lowers_the_dev_loss(study: Study) -> None:
+    losses = {}
+    for steps in (5, 40):
+        group = Group("g", "ia3", ("sst2",), RUNS, {"target_modules": ["q_proj", "up_proj"]}, steps=steps, rows=8)
+        losses[steps] = [record["dev_loss"] for record in study.records(group)]
+    assert all(late < early for early, late in zip(losses[5], losses[40], strict=True))
+
+
+def test_own_words_leave_the_template_out(study: Study) -> None:
+    tokenizer = study.tokenizer
+    before, after = template_size(tokenizer)
+    prompt = encode_prompt(tokenizer, "a moving film")
+    words = tokenizer.decode(prompt[before : len(prompt) - after])
+    assert words == "a moving film"
+    group = Group("g", "parade", ("sst2",), RUNS, own_words=True)
+    # Padded on the left, as for answers, and on the right, as in training.
+    for mask in (torch.tensor([[0] * 3 + [1] * len(prompt)]), torch.tensor([[1] * len(prompt) + [0] * 5])):
+        found = study._words(mask.bool(), group)[0].nonzero().flatten().tolist()
+        start = int(mask[0].argmax())
+        assert found == list(range(start + before, start + len(prompt) - after))
+
+
+def record(lr: float, seed: int, dev_loss: float, **values: Any) -> dict[str, Any]:
+    group = {"group": "g", "variant": "parade", "tasks": ["sst2"], "parameters": 1234}
+    return {**group, "lr": lr, "seed": seed, "dev_loss": dev_loss, **values}
+
+
+def test_tables_take_the_rate_of_the_lowest_median_dev_loss() -> None:
+    # One lucky seed does not make a rate the best.
+    slow = [record(1e-3, seed, loss, sst2=80.0 + seed) for seed, loss in enumerate((0.5, 0.4, 0.6))]
+    fast = [record(1e-2, seed, loss, sst2=50.0) for seed, loss in enumerate((0.1, 0.9, 0.9))]
+    assert best_rate(slow + fast) == slow
+    line = study_table(slow + fast).splitlines()[2]
+    assert "| 1,234 | 0.001 | 3 | 0.500 (0.400 to 0.600) | 81.0 (80.0 to 82.0) |" in line
