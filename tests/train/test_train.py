@@ -89,7 +89,8 @@ def test_served_it_answers_as_in_peft(smollm: str, adapter: Path) -> None:
 @pytest.mark.parametrize("method", ["lora", "ia3"])
 def test_the_same_command_trains_what_is_compared(method: str, smollm: str, sst2: Path, tmp_path: Path) -> None:
     flags = ["--max_steps", "2", "--eval_steps", "2", "--save_steps", "2", "--metric_rows", "0"]
-    run(smollm, sst2, tmp_path / "adapter", "--method", method, *flags)
+    # Packed and padded batches learn alike; one method each is enough here.
+    run(smollm, sst2, tmp_path / "adapter", "--method", method, *flags, *(["--packed"] if method == "ia3" else []))
     assert safetensors.torch.load_file(tmp_path / "adapter" / "adapter_model.safetensors")
 
 

@@ -45,6 +45,8 @@ class AdapterArguments:
     template: str = _argument(
         "chat", "what stands around a prompt: chat, llama2 (the paper's) or plain", choices=list(TEMPLATES)
     )
+    attention: str = _argument("sdpa", "eager, sdpa, or xformers: that one on GPUs, with --packed")
+    packed: bool = _argument(False, "lay the examples of a batch end to end in one row instead of padding them")
     max_length: int | None = _argument(None, "tokens; longer examples are left out")
     dev_rows: int | None = _argument(None, "examples of dev to look at; default: all")
     metric_rows: int = _argument(200, "dev examples answered for the task's metric at every evaluation; 0 for none")

@@ -6,7 +6,14 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback, Trainer, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorWithFlattening,
+    EarlyStoppingCallback,
+    Trainer,
+    set_seed,
+)
 from transformers.trainer_utils import get_last_checkpoint
 
 from vllm_parade.train.answers import score
@@ -49,7 +56,9 @@ def load_base(adapter: AdapterArguments) -> tuple[Any, Any]:
     tokenizer = AutoTokenizer.from_pretrained(adapter.model)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(adapter.model, dtype=getattr(torch, dtype))
+    model = AutoModelForCausalLM.from_pretrained(
+        adapter.model, dtype=getattr(torch, dtype), attn_implementation=adapter.attention
+    )
     model.config.use_cache = False
     return model, tokenizer
 
@@ -97,7 +106,7 @@ def train(adapter: AdapterArguments, arguments: PromptTrainingArguments) -> dict
         args=arguments,
         train_dataset=pairs,
         eval_dataset=dev,
-        data_collator=Collator(tokenizer.pad_token_id),
+        data_collator=DataCollatorWithFlattening() if adapter.packed else Collator(tokenizer.pad_token_id),
         processing_class=tokenizer,
         callbacks=[EarlyStoppingCallback(arguments.patience)] if arguments.load_best_model_at_end else [],
         adapter=adapter,

@@ -12,9 +12,11 @@ if "PARADE" not in PeftType.__members__:
     # PEFT takes methods from outside, but only under names of this enum.
     extend_enum(PeftType, "PARADE", "PARADE")
 
+from vllm_parade.tuner import attention
 from vllm_parade.tuner.config import ParadeConfig
 from vllm_parade.tuner.model import GENERATOR, ParadeModel
 
+attention.register()
 register_peft_method(name="parade", config_cls=ParadeConfig, model_cls=ParadeModel, prefix=GENERATOR)
 
 __all__ = ["ParadeConfig", "ParadeModel"]

@@ -5,6 +5,9 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from vllm_parade.tuner.attention import sequence_lengths
 
 
 @dataclass(frozen=True)
@@ -16,31 +19,61 @@ class Instruction:
     mask: Tensor | None
     """[batch, tokens] bool, True at the instruction's tokens, where this pass reads it; None in later passes."""
     vectors: dict[int, Tensor] = field(default_factory=dict)
-    """By layer, [batch, d_out]."""
+    """By layer, [sequences, d_out]."""
+    lengths: tuple[int, ...] | None = None
+    """Of the sequences in a packed batch, which is one row; None where every row is a sequence."""
+
+    def sequences(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states and mask with a sequence in every row, [sequences, tokens, hidden] and [sequences, tokens]."""
+        assert self.mask is not None
+        mask = self.mask.to(hidden.device)
+        if self.lengths is None:
+            return hidden, mask
+        parts = (pad_sequence(part[0].split(self.lengths), batch_first=True) for part in (hidden, mask))
+        return next(parts), next(parts)
+
+    def of_tokens(self, vectors: Tensor) -> Tensor:
+        """Vectors [sequences, width] for the tokens of a batch: [batch, 1, width], or [1, tokens, width] if packed."""
+        if self.lengths is None:
+            return vectors[:, None]
+        return vectors.repeat_interleave(torch.tensor(self.lengths, device=vectors.device), dim=0)[None]
 
     def read(self) -> "Instruction":
         """The same for passes that come after the one that read the instruction."""
         return replace(self, mask=None)
 
 
-def before_labels(labels: Tensor) -> Tensor:
-    """The positions before the first one that has a label, which is the response's first token.
+def packed_lengths(position_ids: Tensor | None, attention_mask: Tensor | None) -> tuple[int, ...] | None:
+    """Lengths of the sequences in a packed batch: one row without a mask, in which position ids begin anew."""
+    if position_ids is None or attention_mask is not None or len(position_ids) != 1:
+        return None
+    lengths = sequence_lengths(position_ids)
+    return tuple(lengths) if len(lengths) > 1 else None
+
+
+def before_labels(labels: Tensor, lengths: tuple[int, ...] | None = None) -> Tensor:
+    """The positions of each sequence before the first one that has a label, which is the response's first token.
 
     Args:
         labels: [batch, tokens], -100 where a token is not learnt
+        lengths: of the sequences, where they are packed
 
     Returns:
         [batch, tokens] bool
     """
-    return ((labels != -100).cumsum(dim=1) == 0).to(torch.bool)
+    if lengths is not None:
+        return torch.cat([before_labels(part) for part in labels.split(lengths, dim=1)], dim=1)
+    return (labels != -100).cumsum(dim=1) == 0
 
 
-def combined(shape: torch.Size, device: torch.device, *masks: Tensor | None) -> Tensor:
+def combined(
+    shape: torch.Size, device: torch.device, *masks: Tensor | None, lengths: tuple[int, ...] | None = None
+) -> Tensor:
     """Positions [batch, tokens] that all given masks show. A mask of fewer rows, as before a beam search repeats its
     prompts, is repeated row by row.
 
     Raises:
-        ValueError: a mask of another shape, or a row without any position.
+        ValueError: a mask of another shape, or a sequence without any position.
     """
     instruction = torch.ones(shape, dtype=torch.bool, device=device)
     for mask in masks:
@@ -49,7 +82,8 @@ def combined(shape: torch.Size, device: torch.device, *masks: Tensor | None) -> 
         if mask.ndim != 2 or mask.shape[1] != shape[1] or not len(mask) or shape[0] % len(mask):
             raise ValueError(f"mask has shape {tuple(mask.shape)}; expected [batch, tokens], {tuple(shape)}")
         instruction &= mask.to(device).bool().repeat_interleave(shape[0] // len(mask), dim=0)
-    if not instruction.any(dim=1).all():
+    sequences = instruction if lengths is None else pad_sequence(instruction[0].split(lengths), batch_first=True)
+    if not sequences.any(dim=1).all():
         raise ValueError(
             "a row has no instruction token; every row needs at least one: a prompt before the first label, or a mask"
         )

@@ -16,7 +16,7 @@ from vllm_parade.adapter.weights import BaseModelShape, adapted_layers, initial_
 from vllm_parade.ops.reference import generate
 from vllm_parade.tuner.config import ParadeConfig
 from vllm_parade.tuner.generator import ParadeGenerator
-from vllm_parade.tuner.instruction import Instruction, before_labels, combined
+from vllm_parade.tuner.instruction import Instruction, before_labels, combined, packed_lengths
 from vllm_parade.tuner.layout import layout_of
 
 GENERATOR = "parade_generator"
@@ -162,7 +162,12 @@ class ParadeModel(BaseTuner):
         else:
             tokens = next(t for t in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None)
             masks = kwargs.get("attention_mask"), self._prompt_mask if given is None else given
-            instruction = Instruction(adapter, combined(tokens.shape[:2], tokens.device, *masks))
+            lengths = packed_lengths(kwargs.get("position_ids"), masks[0])
+            use_cache = kwargs.get("use_cache")
+            if lengths and (cast(Any, backbone).config.use_cache if use_cache is None else use_cache):
+                raise ValueError("position_ids begin anew, as in a packed batch, which needs use_cache=False")
+            mask = combined(tokens.shape[:2], tokens.device, *masks, lengths=lengths)
+            instruction = Instruction(adapter, mask, lengths=lengths)
         return args, {**kwargs, ARGUMENT: instruction}
 
     def _end(self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -185,8 +190,7 @@ class ParadeModel(BaseTuner):
         # Rounded as the server rounds them: what is trained is what is served.
         weights = generator.weights(instruction.adapter).to(hidden.device, hidden.dtype)
         instruction.vectors[generator.index] = generate(
-            hidden,
-            instruction.mask.to(hidden.device),
+            *instruction.sequences(hidden),
             **vars(weights),
             pooler=config.pooler,
             activation=config.activation,
@@ -203,7 +207,7 @@ class ParadeModel(BaseTuner):
         sites = cast(ParadeConfig, self.peft_config[instruction.adapter]).sites
         if site not in sites:
             return output
-        vectors = instruction.vectors[generator.index][:, None]
+        vectors = instruction.of_tokens(instruction.vectors[generator.index])
         parts = vectors.split([self._shape.widths[name] for name in sites], dim=-1)
         return self._layout.sites[site].scale(output, parts[sites.index(site)])
 
@@ -220,7 +224,8 @@ def _instruction_of(cache: Any, adapter: str) -> Instruction:
 def _default_instruction(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Where responses are learnt, no generator may read them."""
     if kwargs.get(MASK_ARGUMENT) is None and kwargs.get("labels") is not None:
-        kwargs[MASK_ARGUMENT] = before_labels(kwargs["labels"])
+        lengths = packed_lengths(kwargs.get("position_ids"), kwargs.get("attention_mask"))
+        kwargs[MASK_ARGUMENT] = before_labels(kwargs["labels"], lengths)
     return args, kwargs
 
 
