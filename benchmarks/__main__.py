@@ -18,7 +18,7 @@ from benchmarks.engine import VARIANTS, Settings
 from benchmarks.models import SIZES
 from benchmarks.workloads import WORKLOADS, Record
 
-STUDY_PARTS = ("tasks", "mixture", "inputs", "starts", "variants", "budgets")
+STUDY_PARTS = ("tasks", "mixture", "conditions", "variants", "budgets")
 
 
 def run(args: argparse.Namespace) -> None:
