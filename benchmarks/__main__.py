@@ -102,6 +102,19 @@ def study(args: argparse.Namespace) -> None:
     print(study_table(results))
 
 
+def cluster(args: argparse.Namespace) -> None:
+    """Which replica gets a request, on paper."""
+    from benchmarks.cluster import RULES, Cluster, simulate
+    from benchmarks.report import save, tables
+
+    results = []
+    for share in args.utilisation:
+        sizes = Cluster(args.replicas, args.adapters, args.held, args.zipf, share, args.requests)
+        results += [simulate(sizes, name) for name in RULES]
+        save(args.out, vars(args), results)
+    print(tables(results))
+
+
 def plot(args: argparse.Namespace) -> None:
     """Pictures of results."""
     from benchmarks.plot import pictures
@@ -191,6 +204,15 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--only", help="of the parts' groups those whose name has this in it")
     sub.add_argument("--steps", type=int, help="instead of each group's own number")
     sub.add_argument("--minutes", type=float, default=1e9, help="after which no group is begun any more")
+    _out_flag(sub)
+
+    sub = command(cluster, "Simulate a cluster under the routing rule and without it; needs no engine.")
+    sub.add_argument("--replicas", type=int, default=1000, help="default: %(default)s")
+    sub.add_argument("--adapters", type=int, default=100_000, help="default: %(default)s")
+    sub.add_argument("--held", type=int, default=256, help="adapters in a replica's host memory (default: %(default)s)")
+    sub.add_argument("--zipf", type=float, default=1.0, help="exponent of popularity (default: %(default)s)")
+    sub.add_argument("--utilisation", type=float, nargs="+", default=[0.5, 0.7, 0.85], help="of all slots")
+    sub.add_argument("--requests", type=int, default=1_000_000, help="default: %(default)s")
     _out_flag(sub)
 
     sub = command(show, "Print result files as tables; variants measured one by one get their ratios here.")

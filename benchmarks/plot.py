@@ -10,6 +10,7 @@ Record = dict[str, Any]
 LABELS = {"base": "base model", "parade": "PARADE, an adapter a request", "lora": "LoRA, 8 adapters"}
 COLOURS = {"base": "#7f7f7f", "parade": "#1f77b4", "lora": "#e6842a"}
 POPULARITIES = {"uniform": "all as popular", "zipf": "popular by Zipf's law"}
+RULE_COLOURS = {"affinity": "#1f77b4", "two choices": "#7f7f7f", "random": "#c44e52"}
 BAR_WIDTH = 0.26
 
 
@@ -25,11 +26,11 @@ def pictures(files: Sequence[Path], folder: Path) -> list[Path]:
         merged.setdefault(key, []).extend(content["results"])
     paths = []
     for (size, card), results in merged.items():
-        for name, draw in (("decode", decode), ("tenants", tenants)):
+        for name, draw in (("decode", decode), ("tenants", tenants), ("cluster", cluster)):
             records = [record for record in results if record["workload"] == name]
             if records:
                 path = folder / f"{name}_{size}_{card.replace(' ', '_')}.png"
-                draw(records, f"{size}, bfloat16, {card}", path)
+                draw(records, "a simulated cluster" if name == "cluster" else f"{size}, bfloat16, {card}", path)
                 paths.append(path)
     return paths
 
@@ -82,6 +83,28 @@ def tenants(records: Sequence[Record], title: str, path: Path) -> None:
         axes.set_xlabel("adapters")
         axes.set_ylabel(label)
     _finish(figure, list(every), title, path)
+
+
+def cluster(records: Sequence[Record], title: str, path: Path) -> None:
+    """Bars: loads and waiting by utilisation and routing rule."""
+    from matplotlib import pyplot
+
+    figure, every = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    shares = sorted({record["utilisation"] for record in records})
+    measures = {
+        "load_misses": ("adapter loads per request", "%.2f"),
+        "wait_ms_mean": ("mean wait, ms, loads included", "%.0f"),
+    }
+    for axes, (measure, (label, figures)) in zip(every, measures.items(), strict=True):
+        for place, (name, colour) in enumerate(zip(RULE_COLOURS, RULE_COLOURS.values(), strict=True)):
+            mine = {record["utilisation"]: record[measure] for record in records if record["variant"] == name}
+            at = [number + (place - 1) * BAR_WIDTH for number in range(len(shares))]
+            bars = axes.bar(at, [mine[share] for share in shares], BAR_WIDTH * 0.92, label=name, color=colour)
+            axes.bar_label(bars, fmt=figures, fontsize=8, padding=2)
+        axes.set_xticks(range(len(shares)), [f"{share:.0%}" for share in shares])
+        axes.set_xlabel(f"slots in use; {records[0]['replicas']} replicas, {records[0]['adapters']} adapters")
+        axes.set_ylabel(label)
+    _finish(figure, list(every)[::-1], title, path)
 
 
 def _curves(records: Sequence[Record]) -> Iterator[tuple[str, str, list[Record]]]:

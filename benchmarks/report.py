@@ -41,6 +41,19 @@ TABLES = {
     "kernels": Columns(
         ("step", "adapters", "tokens"), others=("layer_us", "model_ms", "model_ms_p20", "model_ms_p80", "launched_ms")
     ),
+    "cluster": Columns(
+        ("utilisation", "replicas", "adapters"),
+        others=(
+            "load_misses",
+            "wait_ms_mean",
+            "wait_ms_p50",
+            "wait_ms_p99",
+            "most_busy",
+            "home",
+            "spread",
+            "elsewhere",
+        ),
+    ),
     "serve": Columns(
         ("requests", "speed"),
         ("tokens_per_s", "ttft_ms_p50", "tpot_ms_p50"),

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.cluster import RULES
 from benchmarks.exactness import BFLOAT16_BOUND, bfloat16_ratios, failures
 from benchmarks.models import SIZES, make_model, make_parades
 from benchmarks.report import table, tables, with_beside
@@ -19,7 +20,7 @@ from vllm_parade.adapter import BaseModelShape, load_adapter
 
 ROOT = Path(__file__).parents[2]
 SHAPE = BaseModelShape(8, 1, {"q": 8, "k": 4, "v": 4, "gate": 16, "up": 16})
-COMMANDS = ["run", "serve", "kernels", "exactness", "study", "show", "plot"]
+COMMANDS = ["run", "serve", "kernels", "exactness", "study", "cluster", "show", "plot"]
 
 
 def made_up(workload: str, variant: str, **values: Any) -> dict[str, Any]:
@@ -147,9 +148,17 @@ def test_pictures(tmp_path: Path):
     ]
     alone = made_up("tenants", "base", adapters=0, popularity="uniform", tokens_per_s=120.0, ttft_ms=8.0)
     bars = [step(variant, batch, 6.0 + batch / 10) for variant in ("base", "unused", "parade") for batch in (1, 32)]
-    files = [saved(tmp_path / "a.json", bars), saved(tmp_path / "b.json", [*crowd, alone])]
+    rules = [
+        made_up("cluster", name, utilisation=0.5, replicas=9, adapters=99, load_misses=0.1, wait_ms_mean=3.0)
+        for name in RULES
+    ]
+    files = [saved(tmp_path / "a.json", bars), saved(tmp_path / "b.json", [*crowd, alone, *rules])]
     paths = pictures(files, tmp_path / "pictures")
-    assert [path.name for path in paths] == ["decode_tiny_a_card.png", "tenants_tiny_a_card.png"]
+    assert [path.name for path in paths] == [
+        "decode_tiny_a_card.png",
+        "tenants_tiny_a_card.png",
+        "cluster_tiny_a_card.png",
+    ]
     assert all(path.stat().st_size > 10_000 for path in paths)
 
 

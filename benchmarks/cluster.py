@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A cluster on paper, with the real routing rule: what affinity saves in adapter loads, and what it costs in waiting.
+
+Requests arrive at random (Poisson), under adapters whose popularity follows Zipf's law. A replica runs `SLOTS` requests
+at a time and lets others wait; it holds the adapters it used last, and a request whose adapter it does not hold takes
+the time of a load longer.
+"""
+
+import heapq
+import random
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+from vllm_parade.cluster import AffinityRule
+
+Choose = Callable[[str, Sequence[int], int], int]
+SLOTS = 32
+SERVICE_S = 2.0
+# Reading one from a disk or a network into host memory.
+LOAD_S = 0.2
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What is simulated."""
+
+    replicas: int = 1000
+    adapters: int = 100_000
+    held: int = 256
+    """Adapters in a replica's host memory."""
+    zipf: float = 1.0
+    utilisation: float = 0.7
+    """Of all slots, without loads."""
+    requests: int = 300_000
+    seed: int = 0
+
+
+class Replica:
+    """Slots, a queue, and the adapters used last."""
+
+    def __init__(self, held: int) -> None:
+        self.capacity, self.running = held, 0
+        self.adapters: OrderedDict[int, None] = OrderedDict()
+        self.queue: deque[tuple[float, int, float]] = deque()
+
+    def load(self, adapter: int) -> bool:
+        """Use an adapter; whether it had to be loaded."""
+        missing = adapter not in self.adapters
+        self.adapters[adapter] = None
+        self.adapters.move_to_end(adapter)
+        if len(self.adapters) > self.capacity:
+            self.adapters.popitem(last=False)
+        return missing
+
+
+def simulate(cluster: Cluster, name: str) -> dict[str, Any]:
+    """One run under the rule `name`; the first tenth of the requests warms up and is not counted."""
+    rule = AffinityRule([f"replica{number}" for number in range(cluster.replicas)], SLOTS)
+    choose = RULES[name](rule, random.Random(cluster.seed + 1))
+    source = random.Random(cluster.seed)
+    weights = list(accumulate((rank + 1) ** -cluster.zipf for rank in range(cluster.adapters)))
+    adapters = source.choices(range(cluster.adapters), cum_weights=weights, k=cluster.requests)
+    rate = cluster.utilisation * cluster.replicas * SLOTS / SERVICE_S
+    replicas = [Replica(cluster.held) for _ in range(cluster.replicas)]
+    loads, total, now = [0] * cluster.replicas, 0, 0.0
+    ends: list[tuple[float, int]] = []
+    waits: list[float] = []
+    misses = counted = 0
+
+    def start(place: int, arrived: float, adapter: int, service: float, at: float) -> None:
+        nonlocal misses
+        replica = replicas[place]
+        replica.running += 1
+        missing = replica.load(adapter)
+        misses += missing and arrived >= warm
+        if arrived >= warm:
+            waits.append(at - arrived + (LOAD_S if missing else 0.0))
+        heapq.heappush(ends, (at + service + (LOAD_S if missing else 0.0), place))
+
+    warm = cluster.requests / 10 / rate
+    for adapter in adapters:
+        now += source.expovariate(rate)
+        while ends and ends[0][0] <= now:
+            ended, place = heapq.heappop(ends)
+            replicas[place].running -= 1
+            loads[place] -= 1
+            total -= 1
+            if replicas[place].queue:
+                start(place, *replicas[place].queue.popleft(), ended)
+        place = choose(f"adapter{adapter}", loads, total)
+        loads[place] += 1
+        total += 1
+        counted += now >= warm
+        service = source.expovariate(1 / SERVICE_S)
+        if replicas[place].running < SLOTS:
+            start(place, now, adapter, service, now)
+        else:
+            replicas[place].queue.append((now, adapter, service))
+    waits.sort()
+    return {
+        "workload": "cluster",
+        "variant": name,
+        **vars(cluster),
+        "load_misses": misses / max(counted, 1),
+        **{f"wait_ms_p{p}": 1e3 * waits[min(len(waits) - 1, len(waits) * p // 100)] for p in (50, 99)},
+        "wait_ms_mean": 1e3 * sum(waits) / len(waits),
+        "most_busy": max(loads) / max(total / cluster.replicas, 1e-9),
+        "home": rule.home / cluster.requests,
+        "spread": rule.spread / cluster.requests,
+        "elsewhere": rule.elsewhere / cluster.requests,
+    }
+
+
+def _affinity(rule: AffinityRule, source: random.Random) -> Choose:
+    return lambda adapter, loads, total: rule.choose(adapter, loads, total)
+
+
+def _random(rule: AffinityRule, source: random.Random) -> Choose:
+    return lambda adapter, loads, total: source.randrange(len(loads))
+
+
+def _two_choices(rule: AffinityRule, source: random.Random) -> Choose:
+    return lambda adapter, loads, total: rule.choose(None, loads, total)
+
+
+RULES: dict[str, Callable[[AffinityRule, random.Random], Choose]] = {
+    "affinity": _affinity,
+    "random": _random,
+    "two choices": _two_choices,
+}
