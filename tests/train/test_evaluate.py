@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.engines import DEFAULTS
 from vllm_parade.evaluate import adapter_kind, parser
 from vllm_parade.train.answers import score
 from vllm_parade.train.tasks import TASKS
@@ -23,7 +24,7 @@ ADAPTER = Path(__file__).parents[2] / "examples/adapters/sst2"
 @pytest.mark.slow
 def test_scores_are_those_of_the_reference(smollm: str, sst2: Path, tmp_path: Path) -> None:
     flags = ["--model", smollm, "--task", "sst2", "--data", str(sst2), "--split", "dev", "--adapter", f"mine={ADAPTER}"]
-    engine = json.dumps({"dtype": "float32", "enforce_eager": True})
+    engine = json.dumps(DEFAULTS)
     command = [sys.executable, "-m", "vllm_parade.evaluate", *flags, "--engine", engine]
     done = subprocess.run(
         [*command, "--output", str(tmp_path / "scores.json")], capture_output=True, text=True, timeout=300
