@@ -109,6 +109,8 @@ class StepPlan:
     """Row of every scheduled PARADE request, by request id."""
     instructions: dict[str, Instruction]
     """Requests whose instruction passes in this step, so that their row must be generated."""
+    upcoming: tuple[str, ...] = ()
+    """Adapters that waiting requests will read with, the next one first; they fit beside those of this step."""
 
 
 EMPTY_PLAN = StepPlan(rows={}, instructions={})

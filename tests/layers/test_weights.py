@@ -46,3 +46,18 @@ def test_a_copy_waits_for_the_step_that_reads_the_slot():
         torch.cuda._sleep(50_000_000)
         read[number] = adapter.layout.views(slots.flat[0], 0).bias[0]
     assert read.tolist() == [2, 3]
+
+
+@pytest.mark.triton
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="streams need a GPU")
+def test_a_step_waits_for_what_was_copied_ahead_of_it():
+    slots, adapters = slots_on("cuda"), [packed(value, pin=True) for value in (2, 3)]
+    slots.exchange({0: adapters[0]}, [0])
+    torch.cuda._sleep(50_000_000)
+    # The copy into slot 1 is behind one into slot 0, which waits for the step that sleeps; another step reads slot 1.
+    slots.exchange({0: adapters[1], 1: adapters[1]}, [])
+    with torch.cuda.stream(torch.cuda.Stream()):
+        slots.exchange({}, [1])
+        read = adapters[1].layout.views(slots.flat[1], 0).bias.clone()
+        torch.cuda.current_stream().synchronize()
+    assert (read == 3).all()

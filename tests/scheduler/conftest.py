@@ -19,7 +19,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
-from vllm_parade.request import EXTRA_ARGS_KEY, PLAN_ATTRIBUTE, Instruction
+from vllm_parade.request import EXTRA_ARGS_KEY, PLAN_ATTRIBUTE, Instruction, StepPlan
 from vllm_parade.scheduler import ParadeAsyncScheduler, ParadeScheduler
 
 BLOCK = 4
@@ -55,6 +55,8 @@ class Engine:
     in_flight: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = field(default_factory=deque)
     pipeline: int = 0
     """Steps that are planned before the first of them has run (asynchronous scheduling: 1)."""
+    plan: StepPlan | None = None
+    """Of the last step."""
 
     def add(self, name, prompt, adapter=None, instruction=None, max_tokens=99, tokens=None, **options):
         """A request with a prompt of `prompt` tokens, under an adapter or none."""
@@ -77,7 +79,7 @@ class Engine:
         rows = {
             name: self.scheduler.rows.row(name) for name in self.scheduler.requests if self.scheduler.rows.holds(name)
         }
-        plan = getattr(output, PLAN_ATTRIBUTE)
+        self.plan = plan = getattr(output, PLAN_ATTRIBUTE)
         assert plan.rows == {name: rows[name] for name in output.num_scheduled_tokens if name in rows}
         line = (
             dict(output.num_scheduled_tokens),

@@ -155,6 +155,27 @@ def test_more_adapters_than_slots_take_turns(make_engine):
     )
 
 
+def test_plan_names_the_adapters_that_come_next(make_engine):
+    """3 slots, 2 instructions a step: first come first, no adapter twice, none that the step has or the base model."""
+    engine = make_engine(step_tokens=8, max_parades=3)
+    for name, adapter in zip("abcdefgh", ["X", "X", "Y", None, "Z", "Y", "W", "V"], strict=True):
+        engine.add(name, 4, adapter, max_tokens=1)
+    plans = []
+    for _ in range(4):
+        engine.step()
+        plans.append(("".join(engine.plan.instructions), "".join(engine.plan.upcoming)))
+    assert plans == [("ab", "YZ"), ("c", "ZW"), ("ef", "W"), ("gh", "")]
+
+
+def test_what_finds_its_vectors_needs_no_adapter_soon(make_engine):
+    engine = make_engine(step_tokens=4, vector_cache=2)
+    for name in "abc":
+        engine.add(name, 4, "X" if name < "c" else "Y", tokens=[1, 2, 3, 4], max_tokens=1)
+    engine.step()
+    # b reads what a reads; c reads the same under another adapter.
+    assert engine.plan.upcoming == ("Y",)
+
+
 def test_decoding_needs_no_slot(make_engine):
     """1 slot, 3 adapters decoding together."""
     engine = make_engine(max_parades=1)

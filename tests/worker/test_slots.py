@@ -88,6 +88,23 @@ def test_least_recently_used_goes(slots, steps, left):
     assert on_device(slots) == left
 
 
+def test_upcoming_ones_have_their_slot_before_their_step(slots):
+    taken = slots.activate(["a"], ["b"])
+    assert (list(taken), slots.weights.read) == (["a"], set(taken.values()))
+    assert on_device(slots) == "ab"
+    # b stays although a was used later; c takes the slot of a, which the step does not read.
+    slots.activate(["a"], ["b"])
+    slots.activate([], ["b", "c"])
+    assert on_device(slots) == "bc"
+    assert slots.weights.read == set()
+
+
+def test_upcoming_ones_that_are_gone_are_passed_over(slots):
+    slots.remove("b")
+    slots.activate(["a"], ["b"])
+    assert on_device(slots) == "a"
+
+
 def test_more_than_there_are_slots_is_a_bug_of_the_scheduler(slots):
     with pytest.raises(AssertionError, match="3 adapters for 2 slots"):
         slots.activate(["a", "b", "c"])

@@ -28,9 +28,11 @@ class SlotWeights:
         self.hidden_size, self.width, self.max_rank = hidden_size, width, max_rank
         entries = max_entries(num_layers, hidden_size, width, max_rank)
         self.flat = torch.empty(num_slots, entries, device=device, dtype=dtype)
-        # Copies run beside the step that computes: on a stream of their own, with an event of what last read a slot.
+        # Copies run beside the step that computes: on a stream of their own, with an event of what last read a slot,
+        # and one of what was copied into it and nobody has read yet.
         self._copies = torch.cuda.Stream(device) if self.flat.is_cuda else None
         self._last_read: list[torch.Event | None] = [None] * num_slots
+        self._copied: dict[int, torch.Event] = {}
         self._read_by_last_step: Collection[int] = ()
 
     def __len__(self) -> int:
@@ -40,10 +42,10 @@ class SlotWeights:
     def exchange(self, adapters: Mapping[int, PackedGenerators], read: Collection[int]) -> None:
         """Before a step is queued: copy adapters into slots. The host waits for nothing.
 
-        A copy waits for the steps that read what stood in its slot; the step waits for the copies.
+        A copy waits for the steps that read what stood in its slot; the step waits for the copies that it reads.
 
         Args:
-            adapters: what to copy, by slot; from pinned memory
+            adapters: what to copy, by slot, in this order; from pinned memory
             read: slots that the step reads
         """
         if self._copies is None:
@@ -56,14 +58,16 @@ class SlotWeights:
             for slot in self._read_by_last_step:
                 self._last_read[slot] = queued
         self._read_by_last_step = read
-        if adapters:
-            with torch.cuda.stream(self._copies):
-                for slot, packed in adapters.items():
-                    event = self._last_read[slot]
-                    if event is not None:
-                        self._copies.wait_event(event)
-                    self._copy(slot, packed)
-            compute.wait_stream(self._copies)
+        with torch.cuda.stream(self._copies):
+            for slot, packed in adapters.items():
+                event = self._last_read[slot]
+                if event is not None:
+                    self._copies.wait_event(event)
+                self._copy(slot, packed)
+                self._copied[slot] = self._copies.record_event()
+        for slot in read:
+            if slot in self._copied:
+                compute.wait_event(self._copied.pop(slot))
 
     def _copy(self, slot: int, packed: PackedGenerators) -> None:
         self.flat[slot, : len(packed.flat)].copy_(packed.flat, non_blocking=True)

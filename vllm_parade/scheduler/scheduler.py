@@ -13,6 +13,7 @@ of every step first. So that a long one is not kept waiting while the rest goes 
 share of one step, or none, once an instruction has found no room in PATIENCE steps.
 """
 
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.request import RequestStatus
@@ -150,7 +151,18 @@ class ParadeSchedulerMixin(Base):
             self.rows.allocate(name, instruction.key)
             instructions[name] = instruction
         rows = {name: self.rows.row(name) for name in scheduled if self.rows.holds(name)}
-        return StepPlan(rows=rows, instructions=instructions)
+        return StepPlan(rows, instructions, self._upcoming({one.adapter for one in instructions.values()}))
+
+    def _upcoming(self, adapters: set[str]) -> tuple[str, ...]:
+        """Adapters of the next instructions to come, for the slots that those of this step leave."""
+        upcoming: dict[str, None] = {}
+        for request in islice(self.waiting, self.max_num_running_reqs):
+            if len(adapters) + len(upcoming) == self.max_adapters_per_step:
+                break
+            instruction = self._unread(request)
+            if instruction is not None and instruction.adapter not in adapters:
+                upcoming[instruction.adapter] = None
+        return tuple(upcoming)
 
     def _preempt_request(self, request: "Request", *args: Any, **kwargs: Any) -> Any:
         self.rows.release(request.request_id)

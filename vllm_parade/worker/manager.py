@@ -80,7 +80,8 @@ class ParadeManager:
             request_ids: requests in batch order
             num_tokens: tokens of each request in this step
         """
-        slots = self.slots.activate({instruction.adapter for instruction in plan.instructions.values()})
+        adapters = {instruction.adapter for instruction in plan.instructions.values()}
+        slots = self.slots.activate(adapters, plan.upcoming)
         jobs, start = [], 0
         for request_id in request_ids:
             instruction = plan.instructions.get(request_id)
