@@ -103,9 +103,11 @@ def decode(measured: Measured) -> Iterator[Record]:
     for batch in measured.points.decode_batches:
         # One request's steps are short: more of them, so that the prefill before them matters less.
         tokens = measured.points.decode_tokens * (4 if batch == 1 else 1)
-        # What both have in common, reading the prompts step by step while the first of them decode, cancels out.
-        short = measured.samples(batch, length, SETTLED, measured.variant.settings.repeats)
-        long = measured.samples(batch, length, SETTLED + tokens, measured.variant.settings.repeats)
+        # What both have in common, reading the prompts step by step while the first of them decode, cancels out; what
+        # it varies by does not, and weighs most where steps are short.
+        repeats = measured.variant.settings.repeats * (3 if batch <= 32 else 1)
+        short = measured.samples(batch, length, SETTLED, repeats)
+        long = measured.samples(batch, length, SETTLED + tokens, repeats)
         for name, samples in long.items():
             start = statistics.median(short[name])
             yield {
