@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,30 @@ class Variant:
         seconds = time.perf_counter() - started
         assert all(len(output.outputs[0].token_ids) == tokens for output in outputs)
         return seconds
+
+    def steps(self, batch: int, length: int, tokens: int, requests: Sequence[Any] = ()) -> list[float]:
+        """Seconds of each step in which all of a batch of fresh prompts decode; at most `tokens` steps, less those in
+        which some still read their prompt."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        params = SamplingParams(
+            temperature=0,
+            max_tokens=tokens,
+            ignore_eos=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+        )
+        engine = self.llm.llm_engine
+        for number, prompt in enumerate(self.prompts(batch, length)):
+            adapter = requests[number % len(requests)] if requests else None
+            engine.add_request(f"step-{number}", prompt, params, lora_request=adapter)
+        # When every request had a token at once.
+        together = []
+        while engine.has_unfinished_requests():
+            if len(engine.step()) == batch:
+                together.append(time.perf_counter())
+        return [after - before for before, after in pairwise(together)]
 
     def beam_search(self, width: int, length: int, tokens: int, requests: Sequence[Any] = ()) -> float:
         """Seconds for one fresh prompt with beam search."""

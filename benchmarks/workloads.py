@@ -9,7 +9,7 @@ import random
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import partial
 from typing import Any
 
 from benchmarks.engine import Variant, used_mib
@@ -19,8 +19,6 @@ ZIPF_EXPONENT = 1.0
 # Adapters of the workloads other than tenants: one for every row of the largest batch.
 MANY = 256
 BEAM_WIDTH = 3
-# Tokens after which all requests of a batch decode.
-SETTLED = 9
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ def points(size: str) -> Points:
 
 
 class Measured:
-    """An engine, and samples that workloads share: a point is measured once, whoever asks."""
+    """An engine and who uses it."""
 
     def __init__(self, variant: Variant) -> None:
         self.variant = variant
@@ -67,22 +65,16 @@ class Measured:
         self.users: dict[str, Sequence[Any]] = {"unused": (), "parade": self.many}
         if variant.name != "parade":
             self.users = {variant.name: self.many}
-        self.samples = cache(self._samples)
 
-    def _samples(self, batch: int, length: int, tokens: int, repeats: int) -> dict[str, list[float]]:
-        """Seconds per user of the engine, warmed up, users taking turns so that drift hits them alike."""
-        for requests in self.users.values():
-            self.variant.run(batch, length, min(tokens, 4), requests)
+    def samples(self, run: Callable[[Sequence[Any]], float], repeats: int) -> dict[str, list[float]]:
+        """Seconds that a run takes with each user's requests, warmed up, users taking turns so that drift hits them
+        alike."""
         samples: dict[str, list[float]] = {name: [] for name in self.users}
-        for _ in range(repeats):
+        for number in range(repeats + 1):
             for name, requests in self.users.items():
-                samples[name].append(self.variant.run(batch, length, tokens, requests))
+                seconds = run(requests)
+                samples[name] += [seconds] if number else []
         return samples
-
-    def first_tokens(self, batch: int, length: int) -> dict[str, list[float]]:
-        """Seconds to the first token; short runs are noisy and repeated more often."""
-        repeats = self.variant.settings.repeats
-        return self.samples(batch, length, 1, 5 * repeats if batch == 1 else repeats + 2 if batch <= 32 else repeats)
 
 
 def spread(samples: Sequence[float], name: str) -> Record:
@@ -99,31 +91,30 @@ def spread(samples: Sequence[float], name: str) -> Record:
 
 def decode(measured: Measured) -> Iterator[Record]:
     """Time of a decode step at several batch sizes, a different adapter in every row."""
-    length = measured.points.length
+    variant, length, tokens = measured.variant, measured.points.length, measured.points.decode_tokens
     for batch in measured.points.decode_batches:
-        # One request's steps are short: more of them, so that the prefill before them matters less.
-        tokens = measured.points.decode_tokens * (4 if batch == 1 else 1)
-        # What both have in common, reading the prompts step by step while the first of them decode, cancels out; what
-        # it varies by does not, and weighs most where steps are short.
-        repeats = measured.variant.settings.repeats * (3 if batch <= 32 else 1)
-        short = measured.samples(batch, length, SETTLED, repeats)
-        long = measured.samples(batch, length, SETTLED + tokens, repeats)
-        for name, samples in long.items():
-            start = statistics.median(short[name])
+
+        def mean_step(requests: Sequence[Any], batch: int = batch) -> float:
+            return statistics.mean(variant.steps(batch, length, tokens, requests))
+
+        for name, means in measured.samples(mean_step, variant.settings.repeats).items():
             yield {
                 "workload": "decode",
                 "variant": name,
                 "batch": batch,
                 "length": length,
-                **spread([(sample - start) / tokens for sample in samples], "step"),
-                "tokens_per_s": batch * (SETTLED + tokens) / statistics.median(samples),
+                **spread(means, "step"),
+                "tokens_per_s": batch / statistics.median(means),
             }
 
 
 def prefill(measured: Measured) -> Iterator[Record]:
     """Time to first token, for single prompts and whole batches."""
+    variant, repeats = measured.variant, measured.variant.settings.repeats
     for batch, length in measured.points.prefill:
-        for name, samples in measured.first_tokens(batch, length).items():
+        # Short runs are noisy.
+        more = 5 * repeats if batch == 1 else repeats + 2 if batch <= 32 else repeats
+        for name, samples in measured.samples(partial(variant.run, batch, length, 1), more).items():
             yield {"workload": "prefill", "variant": name, "batch": batch, "length": length, **spread(samples, "ttft")}
 
 
