@@ -29,7 +29,8 @@ def test_a_slot_holds_what_was_copied_last():
     slots, adapters = slots_on("cpu"), [packed(2), packed(3), packed(4)]
     assert len(slots) == 2
     slots.exchange({0: adapters[0], 1: adapters[1]}, [0, 1])
-    slots.exchange({0: adapters[2]}, [0])
+    slots.copy_ahead({0: adapters[2]})
+    slots.exchange({}, [0])
     for slot, value in ((0, 4), (1, 3)):
         for layer in range(SHAPE.num_layers):
             assert (adapters[0].layout.views(slots.flat[slot], layer).bias == value).all()
@@ -54,8 +55,8 @@ def test_a_step_waits_for_what_was_copied_ahead_of_it():
     slots, adapters = slots_on("cuda"), [packed(value, pin=True) for value in (2, 3)]
     slots.exchange({0: adapters[0]}, [0])
     torch.cuda._sleep(50_000_000)
-    # The copy into slot 1 is behind one into slot 0, which waits for the step that sleeps; another step reads slot 1.
-    slots.exchange({0: adapters[1], 1: adapters[1]}, [])
+    # The copy waits for the step that sleeps; another step, which does not, reads it.
+    slots.copy_ahead({1: adapters[1]})
     with torch.cuda.stream(torch.cuda.Stream()):
         slots.exchange({}, [1])
         read = adapters[1].layout.views(slots.flat[1], 0).bias.clone()

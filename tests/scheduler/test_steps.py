@@ -139,32 +139,43 @@ def test_row_of_a_preempted_request_is_taken_when_none_is_left(make_engine):
 
 
 def test_more_adapters_than_slots_take_turns(make_engine):
-    """2 slots: the instructions of a third adapter wait a step; a second one of the same adapter does not."""
-    engine = make_engine(step_tokens=16, max_num_seqs=8, max_parades=2)
-    for name, adapter in zip("abcde", "AABCD", strict=True):
-        engine.add(name, 2, adapter)
+    """4 slots: adapters that must be copied join a step while 2 of them are left. A second instruction of the same
+    adapter does not wait, nor do adapters that were copied while the step before ran, all 4 of them."""
+    engine = make_engine(step_tokens=99, max_num_seqs=99, max_parades=4)
+    for name, adapter in zip("abcdef", "AABCDE", strict=True):
+        engine.add(name, 2, adapter, max_tokens=1)
     engine.expect(
-        ({"a": 2, "b": 2, "c": 2}, "abc", "de", {"a": 1, "b": 2, "c": 3}, "abc"),
-        (
-            {"a": 1, "b": 1, "c": 1, "d": 2, "e": 2},
-            "abcde",
-            "",
-            {"a": 1, "b": 2, "c": 3, "d": 4, "e": 5},
-            "de",
-        ),
+        ({"a": 2, "b": 2, "c": 2}, "abc", "def", {"a": 1, "b": 2, "c": 3}, "abc"),
+        ({"d": 2, "e": 2}, "de", "f", {"d": 4, "e": 5}, "de"),
+        ({"f": 2}, "f", "", {"f": 6}, "f"),
     )
+    for name, adapter in zip("ghijk", "BCDEA", strict=True):
+        engine.add(name, 2, adapter, max_tokens=1)
+    engine.step()
+    assert (list(engine.plan.instructions), engine.plan.upcoming) == (["g", "h", "i", "j"], ())
+    engine.step()
+    assert list(engine.plan.instructions) == ["k"]
+
+
+def test_one_slot_is_enough(make_engine):
+    engine = make_engine(max_parades=1)
+    for name in "abc":
+        engine.add(name, 2, name.upper(), max_tokens=1)
+    for name in "abc":
+        engine.step()
+        assert ("".join(engine.plan.instructions), engine.plan.upcoming) == (name, ())
 
 
 def test_plan_names_the_adapters_that_come_next(make_engine):
-    """3 slots, 2 instructions a step: first come first, no adapter twice, none that the step has or the base model."""
-    engine = make_engine(step_tokens=8, max_parades=3)
+    """4 slots, 2 instructions a step: first come first, no adapter twice, none that the step has or the base model."""
+    engine = make_engine(step_tokens=8, max_num_seqs=8, max_parades=4)
     for name, adapter in zip("abcdefgh", ["X", "X", "Y", None, "Z", "Y", "W", "V"], strict=True):
         engine.add(name, 4, adapter, max_tokens=1)
     plans = []
     for _ in range(4):
         engine.step()
         plans.append(("".join(engine.plan.instructions), "".join(engine.plan.upcoming)))
-    assert plans == [("ab", "YZ"), ("c", "ZW"), ("ef", "W"), ("gh", "")]
+    assert plans == [("ab", "YZW"), ("c", "ZWV"), ("ef", "WV"), ("gh", "")]
 
 
 def test_what_finds_its_vectors_needs_no_adapter_soon(make_engine):

@@ -37,6 +37,9 @@ class FakeWeights:
 
     def exchange(self, adapters, read):
         self.read = set(read)
+        self.copy_ahead(adapters)
+
+    def copy_ahead(self, adapters):
         for slot, packed in adapters.items():
             biases = [packed.layout.views(packed.flat, layer).bias for layer in range(2)]
             self.names[slot] = "".join(chr(int(bias[0])) for bias in biases)
@@ -89,19 +92,23 @@ def test_least_recently_used_goes(slots, steps, left):
 
 
 def test_upcoming_ones_have_their_slot_before_their_step(slots):
-    taken = slots.activate(["a"], ["b"])
-    assert (list(taken), slots.weights.read) == (["a"], set(taken.values()))
+    taken = slots.activate(["a"])
+    slots.prefetch(["b"])
+    assert slots.weights.read == set(taken.values())
     assert on_device(slots) == "ab"
-    # b stays although a was used later; c takes the slot of a, which the step does not read.
-    slots.activate(["a"], ["b"])
-    slots.activate([], ["b", "c"])
+    # Both stay as long as they are wanted; c takes the slot of a, which no step reads any more.
+    slots.activate(["a"])
+    slots.prefetch(["b"])
+    assert on_device(slots) == "ab"
+    slots.activate([])
+    slots.prefetch(["b", "c"])
     assert on_device(slots) == "bc"
-    assert slots.weights.read == set()
 
 
 def test_upcoming_ones_that_are_gone_are_passed_over(slots):
     slots.remove("b")
-    slots.activate(["a"], ["b"])
+    slots.activate(["a"])
+    slots.prefetch(["b"])
     assert on_device(slots) == "a"
 
 

@@ -42,10 +42,11 @@ class SlotWeights:
     def exchange(self, adapters: Mapping[int, PackedGenerators], read: Collection[int]) -> None:
         """Before a step is queued: copy adapters into slots. The host waits for nothing.
 
-        A copy waits for the steps that read what stood in its slot; the step waits for the copies that it reads.
+        A copy waits for the steps that read what stood in its slot; the step waits for the copies that it reads, also
+        those made ahead.
 
         Args:
-            adapters: what to copy, by slot, in this order; from pinned memory
+            adapters: what to copy, by slot, from pinned memory
             read: slots that the step reads
         """
         if self._copies is None:
@@ -64,10 +65,28 @@ class SlotWeights:
                 if event is not None:
                     self._copies.wait_event(event)
                 self._copy(slot, packed)
-                self._copied[slot] = self._copies.record_event()
         for slot in read:
             if slot in self._copied:
                 compute.wait_event(self._copied.pop(slot))
 
+    def copy_ahead(self, adapters: Mapping[int, PackedGenerators]) -> None:
+        """When a step's inputs are queued: copy adapters that later steps read, in this order, into slots that this
+        one does not read. The host waits for nothing.
+
+        The copies wait until the step has its inputs, and so for the steps before it. They are large, and inputs,
+        small, would stand behind them on their way to the device, with the whole step.
+        """
+        if self._copies is None:
+            for slot, packed in adapters.items():
+                self._copy(slot, packed)
+            return
+        if adapters:
+            self._copies.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._copies):
+                for slot, packed in adapters.items():
+                    self._copy(slot, packed)
+
     def _copy(self, slot: int, packed: PackedGenerators) -> None:
         self.flat[slot, : len(packed.flat)].copy_(packed.flat, non_blocking=True)
+        if self._copies is not None:
+            self._copied[slot] = self._copies.record_event()

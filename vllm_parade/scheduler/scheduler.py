@@ -13,6 +13,8 @@ of every step first. So that a long one is not kept waiting while the rest goes 
 share of one step, or none, once an instruction has found no room in PATIENCE steps.
 """
 
+from collections import OrderedDict
+from collections.abc import Collection
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +50,11 @@ class ParadeSchedulerMixin(Base):
         config = ServingConfig.from_vllm_config(self.vllm_config)
         self.rows = RowCache(config.num_rows(self.scheduler_config.max_num_seqs))
         self.max_adapters_per_step = config.max_parades
+        # An adapter that is on the device joins a step while slots last. One that must be copied there first joins
+        # while half of them are left: the other half is filled while the step runs, so that only the first step of a
+        # crowd waits for its copies.
+        self.max_cold_adapters_per_step = max(1, config.max_parades // 2)
+        self.on_device: OrderedDict[str, None] = OrderedDict()
         self.step_adapters: set[str] = set()
         # Requests that may be the ones to read an instruction in this step; only those that run by then do.
         self.step_readers: dict[InstructionKey, Request] = {}
@@ -125,7 +132,10 @@ class ParadeSchedulerMixin(Base):
         return super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
 
     def _can_generate(self, instruction: Instruction) -> bool:
-        return instruction.adapter in self.step_adapters or len(self.step_adapters) < self.max_adapters_per_step
+        if instruction.adapter in self.step_adapters:
+            return True
+        is_cold = instruction.adapter not in self.on_device
+        return len(self.step_adapters) < (self.max_cold_adapters_per_step if is_cold else self.max_adapters_per_step)
 
     def _update_after_schedule(self, scheduler_output: "SchedulerOutput") -> None:
         setattr(scheduler_output, PLAN_ATTRIBUTE, self._plan(scheduler_output.num_scheduled_tokens))
@@ -151,9 +161,17 @@ class ParadeSchedulerMixin(Base):
             self.rows.allocate(name, instruction.key)
             instructions[name] = instruction
         rows = {name: self.rows.row(name) for name in scheduled if self.rows.holds(name)}
-        return StepPlan(rows, instructions, self._upcoming({one.adapter for one in instructions.values()}))
+        adapters = dict.fromkeys(instruction.adapter for instruction in instructions.values())
+        upcoming = self._upcoming(adapters)
+        for adapter in (*upcoming, *adapters):
+            self.on_device[adapter] = None
+            self.on_device.move_to_end(adapter)
+        # The least recently used ones lose their slots.
+        while len(self.on_device) > self.max_adapters_per_step:
+            self.on_device.popitem(last=False)
+        return StepPlan(rows, instructions, upcoming)
 
-    def _upcoming(self, adapters: set[str]) -> tuple[str, ...]:
+    def _upcoming(self, adapters: Collection[str]) -> tuple[str, ...]:
         """Adapters of the next instructions to come, for the slots that those of this step leave."""
         upcoming: dict[str, None] = {}
         for request in islice(self.waiting, self.max_num_running_reqs):

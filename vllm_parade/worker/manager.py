@@ -81,7 +81,7 @@ class ParadeManager:
             num_tokens: tokens of each request in this step
         """
         adapters = {instruction.adapter for instruction in plan.instructions.values()}
-        slots = self.slots.activate(adapters, plan.upcoming)
+        slots = self.slots.activate(adapters)
         jobs, start = [], 0
         for request_id in request_ids:
             instruction = plan.instructions.get(request_id)
@@ -92,3 +92,4 @@ class ParadeManager:
             start += num_tokens[request_id]
         rows = [plan.rows.get(request_id, IDENTITY_ROW) for request_id in request_ids]
         self.batch.prepare(rows, [num_tokens[request_id] for request_id in request_ids], jobs)
+        self.slots.prefetch(plan.upcoming)

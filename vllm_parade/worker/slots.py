@@ -41,30 +41,34 @@ class AdapterSlots:
         self.host.pop(content_hash, None)
         self.device.pop(content_hash, None)
 
-    def activate(self, content_hashes: Collection[str], upcoming: Sequence[str] = ()) -> dict[str, int]:
-        """Give all these adapters a slot, together, taking the least recently used ones of others.
-
-        Args:
-            content_hashes: adapters that this step reads
-            upcoming: adapters that later steps will read, copied while this one runs; those not in host memory any
-                more, since their request was aborted, are passed over
+    def activate(self, content_hashes: Collection[str]) -> dict[str, int]:
+        """Give all adapters that a step reads a slot, together, taking the least recently used ones of others.
 
         Returns:
-            slot of each that this step reads
+            slot of each
 
         Raises:
             KeyError: an adapter is not in host memory. The front end loads adapters before their first request.
         """
-        wanted = [*content_hashes, *(name for name in upcoming if name in self.host)]
-        assert len(wanted) <= len(self.weights), f"{len(wanted)} adapters for {len(self.weights)} slots"
-        for content_hash in wanted:
-            if content_hash in self.device:
-                self.device.move_to_end(content_hash)
-        missing = {name: self.host[name] for name in wanted if name not in self.device}
-        new = {self._take_slot(content_hash): packed for content_hash, packed in missing.items()}
+        assert len(content_hashes) <= len(self.weights), f"{len(content_hashes)} adapters for {len(self.weights)} slots"
+        new = self._take_slots(content_hashes)
         slots = {content_hash: self.device[content_hash] for content_hash in content_hashes}
         self.weights.exchange(new, slots.values())
         return slots
+
+    def prefetch(self, upcoming: Sequence[str]) -> None:
+        """Give adapters a slot that later steps will read, the next one first; they fit beside those of this step,
+        whose inputs are queued. One that is not in host memory any more, since its request was aborted, is passed over.
+        """
+        self.weights.copy_ahead(self._take_slots([name for name in upcoming if name in self.host]))
+
+    def _take_slots(self, content_hashes: Collection[str]) -> dict[int, PackedGenerators]:
+        """What must be copied so that all these adapters are on the device, by slot."""
+        for content_hash in content_hashes:
+            if content_hash in self.device:
+                self.device.move_to_end(content_hash)
+        missing = {name: self.host[name] for name in content_hashes if name not in self.device}
+        return {self._take_slot(content_hash): packed for content_hash, packed in missing.items()}
 
     def _take_slot(self, content_hash: str) -> int:
         free = set(range(len(self.weights))) - set(self.device.values())
