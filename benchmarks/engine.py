@@ -6,7 +6,6 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +50,8 @@ class Settings:
             "dtype": "bfloat16",
             "max_model_len": MAX_MODEL_LEN,
             "max_num_seqs": MAX_NUM_SEQS,
+            # As in a server; and they tell when a request had its tokens.
+            "disable_log_stats": False,
             "kv_cache_memory_bytes": int(self.kv_cache_gib * 2**30),
             **self.engine,
         }
@@ -133,39 +134,28 @@ class Variant:
 
     def ask(self, prompts: list[dict[str, list[int]]], tokens: int, requests: Sequence[Any] = ()) -> float:
         """Seconds for these prompts, likewise."""
-        from vllm import SamplingParams
-
-        chosen = self.chosen(requests, len(prompts))
-        params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
         started = time.perf_counter()
-        outputs = self.llm.generate(prompts, params, use_tqdm=False, **chosen)
-        seconds = time.perf_counter() - started
-        assert all(len(output.outputs[0].token_ids) == tokens for output in outputs)
-        return seconds
+        self.outputs(prompts, tokens, requests)
+        return time.perf_counter() - started
 
-    def steps(self, batch: int, length: int, tokens: int, requests: Sequence[Any] = ()) -> list[float]:
-        """Seconds of each step in which all of a batch of fresh prompts decode; at most `tokens` steps, less those in
-        which some still read their prompt."""
+    def outputs(self, prompts: list[dict[str, list[int]]], tokens: int, requests: Sequence[Any]) -> list[Any]:
+        """vLLM's outputs for these prompts, each with the next adapter."""
         from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
 
-        params = SamplingParams(
-            temperature=0,
-            max_tokens=tokens,
-            ignore_eos=True,
-            detokenize=False,
-            output_kind=RequestOutputKind.DELTA,
-        )
-        engine = self.llm.llm_engine
-        for number, prompt in enumerate(self.prompts(batch, length)):
-            adapter = requests[number % len(requests)] if requests else None
-            engine.add_request(f"step-{number}", prompt, params, lora_request=adapter)
-        # When every request had a token at once.
-        together = []
-        while engine.has_unfinished_requests():
-            if len(engine.step()) == batch:
-                together.append(time.perf_counter())
-        return [after - before for before, after in pairwise(together)]
+        params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+        outputs = self.llm.generate(prompts, params, use_tqdm=False, **self.chosen(requests, len(prompts)))
+        assert all(len(output.outputs[0].token_ids) == tokens for output in outputs)
+        return outputs
+
+    def step(self, batch: int, length: int, tokens: int, requests: Sequence[Any] = ()) -> float:
+        """Seconds of a step in which a batch of fresh prompts decodes, on average, by the clock of the engine core.
+
+        It is what the request waited for its tokens that began last, when all others decoded; they end a few steps
+        before it.
+        """
+        outputs = self.outputs(self.prompts(batch, length), tokens, requests)
+        last = max((output.metrics for output in outputs), key=lambda times: times.first_token_ts)
+        return (last.last_token_ts - last.first_token_ts) / (tokens - 1)
 
     def beam_search(self, width: int, length: int, tokens: int, requests: Sequence[Any] = ()) -> float:
         """Seconds for one fresh prompt with beam search."""

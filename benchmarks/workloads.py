@@ -93,11 +93,8 @@ def decode(measured: Measured) -> Iterator[Record]:
     """Time of a decode step at several batch sizes, a different adapter in every row."""
     variant, length, tokens = measured.variant, measured.points.length, measured.points.decode_tokens
     for batch in measured.points.decode_batches:
-
-        def mean_step(requests: Sequence[Any], batch: int = batch) -> float:
-            return statistics.mean(variant.steps(batch, length, tokens, requests))
-
-        for name, means in measured.samples(mean_step, variant.settings.repeats).items():
+        run = partial(variant.step, batch, length, tokens)
+        for name, means in measured.samples(run, variant.settings.repeats).items():
             yield {
                 "workload": "decode",
                 "variant": name,
