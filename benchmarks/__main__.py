@@ -28,6 +28,23 @@ def run(args: argparse.Namespace) -> None:
     _variants(args, lambda settings: measure(replace(settings, workloads=args.workloads, repeats=args.repeats)))
 
 
+def parallel(args: argparse.Namespace) -> None:
+    """Offline engines over several GPUs."""
+    from benchmarks.measure import measure
+    from benchmarks.report import LAYOUT
+
+    def measure_layouts(settings: Settings) -> list[Record]:
+        results = []
+        for tensor, pipeline in args.layouts:
+            sizes = {"tensor_parallel_size": tensor, "pipeline_parallel_size": pipeline}
+            engine = {**settings.engine, **sizes}
+            chosen = replace(settings, engine=engine, workloads=args.workloads, repeats=args.repeats)
+            results += [{LAYOUT: f"TP={tensor} PP={pipeline}", **record} for record in measure(chosen)]
+        return results
+
+    _variants(args, measure_layouts)
+
+
 def serve(args: argparse.Namespace) -> None:
     """Servers under recorded traffic."""
     from benchmarks.serve import measure_server
@@ -137,6 +154,11 @@ def show(args: argparse.Namespace) -> None:
         print(study_table(studied))
 
 
+def _layout(text: str) -> tuple[int, int]:
+    tensor, _, pipeline = text.partition("x")
+    return int(tensor), int(pipeline)
+
+
 def _out_flag(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--out", type=Path, help="JSON file to write")
 
@@ -158,6 +180,12 @@ def _variant_flags(sub: argparse.ArgumentParser, adapters: int) -> None:
     _out_flag(sub)
 
 
+def _workload_flags(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("workloads", nargs="+", choices=WORKLOADS, metavar="WORKLOAD", help=", ".join(WORKLOADS))
+    sub.add_argument("--repeats", type=int, default=3, help="of long runs; short ones get more (default: %(default)s)")
+    _variant_flags(sub, adapters=256)
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(
@@ -171,9 +199,12 @@ def parser() -> argparse.ArgumentParser:
         return sub
 
     sub = command(run, "Measure offline: one engine a variant runs all named workloads.")
-    sub.add_argument("workloads", nargs="+", choices=WORKLOADS, metavar="WORKLOAD", help=", ".join(WORKLOADS))
-    _variant_flags(sub, adapters=256)
-    sub.add_argument("--repeats", type=int, default=3, help="of long runs; short ones get more (default: %(default)s)")
+    _workload_flags(sub)
+
+    sub = command(parallel, "Measure offline, likewise, with the model spread over several GPUs.")
+    _workload_flags(sub)
+    text = "tensor parallel by pipeline parallel sizes (default: 1x1 2x1)"
+    sub.add_argument("--layouts", nargs="+", type=_layout, default=[(1, 1), (2, 1)], metavar="TPxPP", help=text)
 
     sub = command(serve, "Measure servers under recorded traffic, with vLLM's own client.")
     sub.add_argument("--trace", type=Path, required=True, help="CSV: TIMESTAMP, ContextTokens, GeneratedTokens")

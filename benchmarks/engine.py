@@ -3,7 +3,9 @@
 
 import json
 import random
+import re
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -57,8 +59,24 @@ class Settings:
         }
 
 
+# What GPUs (or CPUs) call what they tell each other.
+COLLECTIVE = re.compile(r"nccl|gloo:|shm_all|all_?reduce|all_?gather|reduce_?scatter|broadcast_?kernel", re.IGNORECASE)
+
+
 class WorkerExtension:
-    """Remote calls that vLLM mixes into the worker of the PARADE engine (`worker_extension_cls`)."""
+    """Remote calls that vLLM mixes into the workers (`worker_extension_cls`)."""
+
+    def start_profile_of_collectives(self) -> None:
+        """Record what runs from here on."""
+        self.recorded = torch.profiler.profile()
+        self.recorded.start()
+
+    def stop_profile_of_collectives(self) -> dict[str, int]:
+        """How often each collective operation ran on the device, by name."""
+        self.recorded.stop()
+        device = torch.profiler.DeviceType.CUDA if torch.cuda.is_available() else torch.profiler.DeviceType.CPU
+        names = [event.name for event in self.recorded.events() if event.device_type == device]
+        return dict(Counter(name for name in names if COLLECTIVE.search(name)))
 
     def parade_static(self, static: bool) -> None:
         """Switch generators off (rows keep the vectors they have, as static ones would stay) or on again."""
@@ -92,13 +110,12 @@ class Variant:
         self.name, self.settings = settings.variant, settings
         folder = Path(settings.folder) / settings.size
         self.shape = make_model(folder, settings.size)
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {"worker_extension_cls": "benchmarks.engine.WorkerExtension"}
         if self.name == "parade":
             capacity = max(settings.adapters, settings.slots)
-            options = {"enable_parade": True, "max_parades": settings.slots, "max_cpu_parades": capacity}
-            options["worker_extension_cls"] = "benchmarks.engine.WorkerExtension"
+            options |= {"enable_parade": True, "max_parades": settings.slots, "max_cpu_parades": capacity}
         elif self.name == "lora":
-            options = {"enable_lora": True, "max_loras": NUM_LORAS, "max_lora_rank": 8}
+            options |= {"enable_lora": True, "max_loras": NUM_LORAS, "max_lora_rank": 8}
         self.adapters = self._adapters(folder)
         self.keyword = "lora_request" if self.name == "lora" else "parade_request"
         self._random = random.Random(0)
@@ -171,8 +188,14 @@ class Variant:
         """Whether rows keep the vectors they have, so that no generator runs."""
         self.llm.collective_rpc("parade_static", args=(static,))
 
+    def collectives(self, requests: Sequence[Any] = ()) -> list[dict[str, int]]:
+        """Collective operations of each worker while one fresh prompt is read and answered, by name."""
+        self.llm.collective_rpc("start_profile_of_collectives")
+        self.run(1, 64, 9, requests)
+        return self.llm.collective_rpc("stop_profile_of_collectives")
+
     def parade_mib(self) -> dict[str, float]:
-        """Computed device memory of tables and slots; empty without PARADE."""
+        """Computed device memory of tables and slots on the first worker; empty without PARADE."""
         if self.name != "parade":
             return {}
         return {f"{part}_mib": size / 2**20 for part, size in self.llm.collective_rpc("parade_bytes")[0].items()}

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
+# Of a record: over which GPUs the model was spread.
+LAYOUT = "layout"
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ TABLES = {
     "repeat": Columns(("batch", "length"), ("ttft_ms",), ("ttft_ms_p20", "ttft_ms_p80", "first_ms")),
     "tenants": Columns(("adapters", "popularity"), others=("ttft_ms", "ttft_ms_p20", "ttft_ms_p80", "tokens_per_s")),
     "table4": Columns((), ("beam1_tokens_per_s", "beam3_tokens_per_s"), ("beam1_mib", "beam3_mib")),
+    "collectives": Columns(("rank",), ("count",)),
     "memory": Columns((), ("peak_mib",), ("start_mib", "tables_mib", "slots_mib", "beside_mib")),
     "kernels": Columns(
         ("step", "adapters", "tokens"), others=("layer_us", "model_ms", "model_ms_p20", "model_ms_p80", "launched_ms")
@@ -104,25 +107,29 @@ def ratio(record: Record, base: Record | None, measure: str) -> float | None:
 
 def with_beside(records: Sequence[Record]) -> list[Record]:
     """Memory records, with what a PARADE engine uses beside base engine, tables and slots."""
-    base = next((record["peak_mib"] for record in records if record["variant"] == "base"), None)
-    known = [record for record in records if "tables_mib" in record and record["peak_mib"] and base]
-    beside = {id(record): record["peak_mib"] - base - record["tables_mib"] - record["slots_mib"] for record in known}
-    return [{**record, **({"beside_mib": beside[id(record)]} if id(record) in beside else {})} for record in records]
+    base = {record.get(LAYOUT): record["peak_mib"] for record in records if record["variant"] == "base"}
+    return [
+        {**record, "beside_mib": record["peak_mib"] - other - record["tables_mib"] - record["slots_mib"]}
+        if "tables_mib" in record and record["peak_mib"] and (other := base.get(record.get(LAYOUT)))
+        else record
+        for record in records
+    ]
 
 
 def table(workload: str, records: Sequence[Record]) -> str:
     """A Markdown table of one workload's records, what belongs to one point together."""
     columns = TABLES[workload]
+    point = (LAYOUT, *columns.point) if any(LAYOUT in record for record in records) else columns.point
     points: dict[tuple[Any, ...], list[Record]] = {}
     for record in records:
-        points.setdefault(tuple(record.get(key) for key in columns.point), []).append(record)
+        points.setdefault(tuple(record.get(key) for key in point), []).append(record)
     compared = [name for measure in columns.compared for name in (measure, "ratio")]
-    head = [*columns.point, "variant", *compared, *columns.others]
+    head = [*point, "variant", *compared, *columns.others]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for rows in points.values():
         base = next((record for record in rows if record["variant"] == "base"), None)
         for record in rows:
-            cells = [record.get(name) for name in (*columns.point, "variant")]
+            cells = [record.get(name) for name in (*point, "variant")]
             for measure in columns.compared:
                 cells += [record.get(measure), ratio(record, base, measure)]
             cells += [record.get(measure) for measure in columns.others]

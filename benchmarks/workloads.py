@@ -209,10 +209,25 @@ def _table4_row(measured: Measured, name: str) -> Record:
     return {**row, "beam3_tokens_per_s": beam, "beam3_mib": used_mib(), "beam3_s_all": beams}
 
 
+def collectives(measured: Measured) -> Iterator[Record]:
+    """What workers tell each other while one prompt is read and answered."""
+    for name, requests in measured.users.items():
+        measured.variant.collectives(requests)
+        for rank, counts in enumerate(measured.variant.collectives(requests)):
+            yield {
+                "workload": "collectives",
+                "variant": name,
+                "rank": rank,
+                "count": sum(counts.values()),
+                "by": counts,
+            }
+
+
 WORKLOADS: dict[str, Callable[[Measured], Iterator[Record]]] = {
     "decode": decode,
     "prefill": prefill,
     "repeat": repeat,
     "tenants": tenants,
     "table4": table4,
+    "collectives": collectives,
 }

@@ -20,7 +20,13 @@ from vllm_parade.adapter import BaseModelShape, load_adapter
 
 ROOT = Path(__file__).parents[2]
 SHAPE = BaseModelShape(8, 1, {"q": 8, "k": 4, "v": 4, "gate": 16, "up": 16})
-COMMANDS = ["run", "serve", "kernels", "exactness", "study", "cluster", "show", "plot"]
+LAYOUTS = [
+    ("base", 6.0, "TP=1 PP=1"),
+    ("parade", 6.6, "TP=1 PP=1"),
+    ("base", 4.0, "TP=2 PP=1"),
+    ("parade", 5.0, "TP=2 PP=1"),
+]
+COMMANDS = ["run", "parallel", "serve", "kernels", "exactness", "study", "cluster", "show", "plot"]
 
 
 def made_up(workload: str, variant: str, **values: Any) -> dict[str, Any]:
@@ -60,6 +66,18 @@ def test_memory_beside_tables_and_slots():
     assert with_beside([base, parade])[1]["beside_mib"] == pytest.approx(50.0)
     without_gpu = [{**record, "start_mib": None, "peak_mib": None} for record in (base, parade)]
     assert "beside_mib" not in with_beside(without_gpu)[1]
+
+
+def test_layouts_are_compared_with_the_base_model_in_the_same_layout():
+    records = [{**step(variant, 1, ms), "layout": layout} for variant, ms, layout in LAYOUTS]
+    head, _, *rows = cells(table("decode", records))
+    assert head[:6] == ["layout", "batch", "length", "variant", "step_ms", "ratio"]
+    assert [(row[0], row[3], row[5]) for row in rows] == [
+        ("TP=1 PP=1", "base", "1.000"),
+        ("TP=1 PP=1", "parade", "1.100"),
+        ("TP=2 PP=1", "base", "1.000"),
+        ("TP=2 PP=1", "parade", "1.250"),
+    ]
 
 
 def test_tables_of_every_workload_in_a_file():
