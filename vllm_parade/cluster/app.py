@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import BaseModel, Field, field_validator, model_validator
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
+from ray.serve.schema import LoggingConfig
 
 from vllm_parade.adapter import load_config
 from vllm_parade.cluster.coordinator import Coordinator
@@ -119,7 +120,9 @@ def build_app(arguments: Arguments) -> Application:
     """
     arguments = Arguments.model_validate(arguments)
     options, config = arguments.engine_options(), arguments.serving_config()
-    coordinator = Coordinator.options(max_ongoing_requests=MANY).bind(arguments.adapters, arguments.base_names)
+    # Its requests are mostly replicas that wait for news: no line in the log for each.
+    quiet = LoggingConfig(enable_access_log=False)
+    coordinator = Coordinator.options(max_ongoing_requests=MANY, logging_config=quiet).bind(arguments.adapters, arguments.base_names)
     router = {"slots": arguments.max_num_seqs, "resident": config.max_parades}
     scale = {"autoscaling_config": arguments.autoscaling} if arguments.autoscaling else {"num_replicas": arguments.replicas}
     placement = {

@@ -32,8 +32,14 @@ class Follower:
         self._entries: Mapping[str, Entry] = {}
         self.report = Report(host=socket.gethostname(), pid=os.getpid())
 
-    async def apply(self, snapshot: Snapshot) -> None:
-        """Hold the adapters of the list, serve those that have been read everywhere, and withdraw all others.
+    @property
+    def num_served(self) -> int:
+        """Adapters that requests can name."""
+        return len(self.models.lora_requests)
+
+    async def apply(self, snapshot: Snapshot) -> int:
+        """Hold the adapters of the list, serve those that have been read everywhere, and withdraw all others; returns
+        how many were not held before.
 
         One that cannot be loaded is a problem in the report, and tried again at the next call: the other tenants'
         adapters don't wait for it.
@@ -43,6 +49,7 @@ class Follower:
         contents: dict[str, str] = {}
         problems: dict[str, str] = {}
         self._withdraw()
+        before = set(self._held)
         for name, entry in self._entries.items():
             try:
                 content = await self._hold(entry)
@@ -55,6 +62,7 @@ class Follower:
             else:
                 self.models.lora_requests[name] = self._held[name]
         self.report = replace(self.report, version=snapshot.version, contents=contents, problems=problems)
+        return len(self._held.keys() - before)
 
     def _withdraw(self) -> None:
         for name, request in list(self._held.items()):

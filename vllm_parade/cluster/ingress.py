@@ -59,6 +59,12 @@ async def refuse(_: Request, exception: HTTPException) -> Response:
     return JSONResponse(error(HTTPStatus(exception.status_code), exception.detail), exception.status_code)
 
 
+def reason(failed: BaseException) -> str:
+    """What another process raised, without Ray's account of where."""
+    return str(getattr(failed, "cause", None) or failed)
+
+
+# Serve pickles the routes here and now: what they call must stand above.
 @serve.deployment
 @serve.ingress(routes)
 class Ingress:
@@ -171,7 +177,3 @@ class Ingress:
             return None
         return model if isinstance(model, str) and model not in self.base_names else None
 
-
-def reason(failed: BaseException) -> str:
-    """What another process raised, without Ray's account of where."""
-    return str(getattr(failed, "cause", None) or failed)

@@ -13,7 +13,7 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
-from ray.serve.metrics import Counter
+from ray.serve.metrics import Counter, Gauge
 
 from vllm_parade.cluster import lifeline
 from vllm_parade.cluster.asgi import Asked, Message, call, refusal
@@ -47,7 +47,8 @@ class Replica:
         self.app = await self.running.enter_async_context(engine.serving(args))
         self.engine = self.app.state.engine_client
         self.follower = Follower(self.app.state.openai_serving_models)
-        self.changes = Counter("vllm_parade_lists_applied", "Versions of the list of adapters that a replica applied.")
+        self.loads = Counter("vllm_parade_adapter_loads", "Adapters that a replica read from their folders.")
+        self.served = Gauge("vllm_parade_adapters_served", "Adapters that a replica serves.")
         while not await self._step():
             pass
         self.following = asyncio.ensure_future(self._follow())
@@ -55,8 +56,10 @@ class Replica:
     async def _step(self) -> bool:
         """Wait for the list's next version and apply it; returns whether all that is on it is served."""
         snapshot = await self.coordinator.poll.remote(self.name, self.follower.report)
-        await self.follower.apply(snapshot)
-        self.changes.inc()
+        read = await self.follower.apply(snapshot)
+        if read:
+            self.loads.inc(read)
+        self.served.set(self.follower.num_served)
         return not self.follower.report.contents
 
     async def _follow(self) -> None:
