@@ -35,15 +35,15 @@ class Cluster:
     url: str
     metrics_url: str
 
-    def admin(self, method: str, path: str, **body: Any) -> httpx.Response:
+    def admin(self, method: str, route: str, body: dict[str, str] | None = None) -> httpx.Response:
         """What an administrator's route answers."""
-        return httpx.request(method, f"{self.url}/v1/{path}", json=body or None, headers=ADMIN, timeout=90)
+        return httpx.request(method, f"{self.url}/v1/{route}", json=body, headers=ADMIN, timeout=90)
 
     def load(self, name: str, path: str) -> httpx.Response:
-        return self.admin("POST", "load_parade_adapter", name=name, path=path)
+        return self.admin("POST", "load_parade_adapter", {"name": name, "path": path})
 
     def unload(self, name: str) -> httpx.Response:
-        return self.admin("POST", "unload_parade_adapter", name=name)
+        return self.admin("POST", "unload_parade_adapter", {"name": name})
 
     def state(self) -> dict[str, Any]:
         """Adapters and replicas, as the coordinator has them."""
