@@ -223,7 +223,7 @@ def test_replicas_that_come_later_catch_up(play) -> None:
         await world.listed.load(B)
         late = (await world.add(1))[-1]
         assert late.served == {"a", "b"}
-        await world.listed.leave("replica0")
+        world.listed.leave("replica0")
         world.replicas[0].task.cancel()
         await world.listed.unload("a")
         assert late.served == {"b"}

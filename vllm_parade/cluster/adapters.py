@@ -10,6 +10,7 @@ and when a load returns there is no replica that would answer 404.
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -57,7 +58,7 @@ class AdapterList:
         self.version = 0
         self.entries: dict[str, Entry] = {}
         self.replicas: dict[str, Report] = {}
-        self._changed = asyncio.Condition()
+        self._news = asyncio.Event()
 
     async def poll(self, replica: str, report: Report) -> Snapshot:
         """Take a replica's report, and answer with the next version as soon as there is one."""
@@ -65,20 +66,17 @@ class AdapterList:
         self.replicas[replica] = report
         if new:
             self.save(self)
-        async with self._changed:
-            self._changed.notify_all()
-            try:
-                await asyncio.wait_for(self._changed.wait_for(lambda: self.version != report.version), self.poll_s)
-            except TimeoutError:
-                return Snapshot(self.version, None)
-        return Snapshot(self.version, dict(self.entries))
+        self._tell()
+        with suppress(TimeoutError):
+            await self._wait(lambda: self.version != report.version, self.poll_s)
+        # The version may have changed in the very moment in which the time was up.
+        return Snapshot(self.version, None if self.version == report.version else dict(self.entries))
 
-    async def leave(self, replica: str) -> None:
+    def leave(self, replica: str) -> None:
         """Forget a replica that takes no more requests."""
         if self.replicas.pop(replica, None) is not None:
             self.save(self)
-        async with self._changed:
-            self._changed.notify_all()
+        self._tell()
 
     async def load(self, module: ParadeModule) -> None:
         """Serve an adapter on all replicas; one that is served already is left as it is.
@@ -97,11 +95,11 @@ class AdapterList:
             raise AdapterRefused(
                 f"{module.name!r} is {state} from {known.module.path}; unload it first, or give another name"
             )
-        await self._set(module.name, Entry(module))
+        self._set(module.name, Entry(module))
         try:
             await self._settle(module.name)
         except BaseException:
-            await self._set(module.name, None)
+            self._set(module.name, None)
             raise
 
     async def settle_when_read(self, name: str) -> None:
@@ -111,14 +109,13 @@ class AdapterList:
             AdapterRefused: replicas read different files; it is on the list no more.
         """
         while self.entries[name].content is None:
-            async with self._changed:
-                await self._changed.wait_for(lambda: any(name in one.contents for one in self.replicas.values()))
+            await self._wait(lambda: any(name in one.contents for one in self.replicas.values()))
             try:
                 await self._settle(name)
             except NotConfirmed:
                 continue
             except AdapterRefused:
-                await self._set(name, None)
+                self._set(name, None)
                 raise
 
     async def unload(self, name: str) -> None:
@@ -133,7 +130,7 @@ class AdapterList:
             raise UnknownAdapter(f"no adapter is called {name!r}; there are {', '.join(self.entries) or 'none'}")
         if self.entries[name].content is None:
             raise AdapterRefused(f"adapter {name!r} is being loaded; unload it when it is served")
-        await self._set(name, None)
+        self._set(name, None)
         await self._confirm(f"adapter {name!r} is withdrawn everywhere else, and there as soon as it answers")
 
     def describe(self) -> dict[str, Any]:
@@ -169,17 +166,16 @@ class AdapterList:
                 f"adapter {name!r}: replicas read different files in {self.entries[name].module.path}; put the same "
                 "files on all machines, under a path that has not been used before"
             )
-        await self._set(name, replace(self.entries[name], content=content))
+        self._set(name, replace(self.entries[name], content=content))
         await self._confirm(meanwhile)
 
-    async def _set(self, name: str, entry: Entry | None) -> None:
+    def _set(self, name: str, entry: Entry | None) -> None:
         self.entries.pop(name, None)
         if entry is not None:
             self.entries[name] = entry
         self.version += 1
         self.save(self)
-        async with self._changed:
-            self._changed.notify_all()
+        self._tell()
 
     async def _confirm(self, meanwhile: str) -> None:
         """Return when all replicas have reported on this version of the list, or on a later one."""
@@ -190,13 +186,22 @@ class AdapterList:
 
         while late():
             try:
-                async with self._changed:
-                    await asyncio.wait_for(self._changed.wait_for(lambda: not late()), LOOK_S)
+                await self._wait(lambda: not late(), LOOK_S)
             except TimeoutError:
                 for name in late():
                     if not await self.is_alive(name):
-                        await self.leave(name)
+                        self.leave(name)
                 if late() and time.monotonic() > end:
                     raise NotConfirmed(f"{late()[0]} has not answered within {self.barrier_s:g} s; {meanwhile}") from None
         if not self.replicas:
             raise NotConfirmed(f"no replica is running; {meanwhile}. Try again when one is")
+
+    def _tell(self) -> None:
+        self._news.set()
+        self._news = asyncio.Event()
+
+    async def _wait(self, condition: Callable[[], bool], seconds: float | None = None) -> None:
+        """Return as soon as the condition holds; TimeoutError where it does not in time."""
+        async with asyncio.timeout(seconds):
+            while not condition():
+                await self._news.wait()

@@ -90,7 +90,7 @@ class Coordinator:
 
     async def leave(self, replica: str) -> None:
         """See AdapterList.leave."""
-        await self.adapters.leave(replica)
+        self.adapters.leave(replica)
 
     async def load(self, module: ParadeModule) -> None:
         """See AdapterList.load."""
