@@ -127,16 +127,10 @@ class Ingress:
         return JSONResponse(error(status, message), status)
 
     @routes.api_route("/{path:path}", methods=METHODS)
-    async def forward(self, request: Request) -> Response:
-        body = await request.body()
-        asked = Asked(
-            request.method,
-            request.url.path,
-            request.url.query.encode(),
-            list(request.headers.raw),
-            body,
-            self.adapter(body),
-        )
+    async def forward(self, path: str, request: Request) -> Response:
+        # Without the application's own prefix, which replicas do not know.
+        body, query = await request.body(), request.url.query.encode()
+        asked = Asked(request.method, f"/{path}", query, list(request.headers.raw), body, self.adapter(body))
         messages: list[Message] = []
         stream = self.replicas.answer.remote(asked)
         try:

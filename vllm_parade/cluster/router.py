@@ -68,7 +68,7 @@ class AffinityRouter(RequestRouter):
         if adapter is None:
             self.routed.inc(tags={"place": "base"})
             return
-        rule = self._rule([replica.replica_id.unique_id for replica in self._replicas_list])
+        rule = self._rule([one.unique_id for one in self.curr_replicas])
         order = [rule.replicas[place] for place in rule.order(adapter)]
         place = "home" if name == order[0] else "spread" if name in order else "elsewhere"
         self.routed.inc(tags={"place": place})
