@@ -112,9 +112,7 @@ def test_nobody_serves_what_somebody_has_not_read(play) -> None:
     play(scenario)
 
 
-@pytest.mark.parametrize(
-    ("file", "message"), [("bad", "a is bad"), ("other", "replicas read different files in /x/a")]
-)
+@pytest.mark.parametrize(("file", "message"), [("bad", "a is bad"), ("other", "replicas read different files in /x/a")])
 def test_what_one_replica_refuses_was_never_served(play, file: str, message: str) -> None:
     async def scenario(world: World) -> None:
         _, odd = await world.add(2)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The application on a real Ray with two real engines, asked with the official client; a single engine says what is right.
+"""The application on a real Ray with two real engines, asked with the official client and compared with one engine.
 
 The tests run in this order on one application: the later ones end processes of it.
 """
@@ -18,11 +18,13 @@ import openai
 import psutil
 import pytest
 import ray
+from ray import serve
 
 from tests import clusters
 from tests.clusters import Cluster, wait_until
 from tests.engines import engine, greedy, prompts
 from vllm_parade import ParadeRequest
+from vllm_parade.cluster.adapters import AdapterRefused
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -64,13 +66,11 @@ def right(smollm: str, adapters: dict[str, ParadeRequest]) -> dict[str, list[int
         params = [greedy(tokens) for _, _, tokens in asked]
         requests = [adapters.get(model) for model, _, _ in asked]
         answers = llm.generate(inputs, params, parade_request=requests, use_tqdm=False)
-        plain = llm.generate(inputs, params, use_tqdm=False)
+        plain = llm.generate(inputs[: len(MIXED)], params[: len(MIXED)], use_tqdm=False)
     told = {str(one): list(answer.outputs[0].token_ids) for one, answer in zip(asked, answers, strict=True)}
-    changed = sum(
-        list(answer.outputs[0].token_ids) != told[str(one)] for one, answer in zip(asked, plain, strict=True)
-    )
+    changed = sum(list(answer.outputs[0].token_ids) != told[str(one)] for one, answer in zip(MIXED, plain, strict=True))
     # Answers of the base model must be told from those of the adapters.
-    assert changed > 0.9 * sum(model != BASE for model, _, _ in asked)
+    assert changed > 0.9 * sum(model != BASE for model, _, _ in MIXED)
     return told
 
 
@@ -241,7 +241,29 @@ def test_an_unloaded_adapter_is_gone_everywhere(app: Cluster, adapters: dict[str
     served = models_by_replica(app, set(app.replicas()))
     assert len(served) == 2
     assert all("rank8" not in names for names in served.values())
-    assert app.load("rank8", adapters["rank8"].path).status_code == 200
+    # Back by way of the application's handle.
+    handle = serve.get_app_handle(clusters.APPLICATION)
+    handle.load.remote("rank8", adapters["rank8"].path).result(timeout_s=60)
+    assert {"rank8"} < {adapter["name"] for adapter in handle.adapters.remote().result(timeout_s=60)["adapters"]}
+    with pytest.raises(AdapterRefused, match="no adapter is called 'nobody'"):
+        handle.unload.remote("nobody").result(timeout_s=60)
+
+
+def aborted(app: Cluster) -> float:
+    pattern = r'^ray_vllm_request_success_total{.*finished_reason="abort".*} (\S+)$'
+    values = re.findall(pattern, app.metrics(), re.MULTILINE)
+    return sum(map(float, values))
+
+
+def test_a_client_that_goes_away_ends_its_request(app: Cluster) -> None:
+    """Whether it had got something already or not."""
+    before = aborted(app)
+    body = {"model": "sst2", "prompt": "Hello", "max_tokens": 400, "ignore_eos": True}
+    with httpx.stream("POST", f"{app.url}/v1/completions", json={**body, "stream": True}, timeout=30) as response:
+        next(response.iter_lines())
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{app.url}/v1/completions", json=body, timeout=0.5)
+    wait_until(lambda: aborted(app) == before + 2, 20, "both have been aborted")
 
 
 def test_metrics_tell_replicas_and_routes(app: Cluster) -> None:

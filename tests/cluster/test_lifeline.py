@@ -9,15 +9,21 @@ import pytest
 
 from vllm_parade.cluster import lifeline
 
-FOLLOWER = "from vllm_parade.cluster import lifeline; lifeline.follow(); print('up', flush=True); import time; time.sleep(60)"
+FOLLOWER = """
+import time
+from vllm_parade.cluster import lifeline
+
+lifeline.follow()
+print("up", flush=True)
+time.sleep(60)
+"""
 
 
 def start(holder: int | None) -> subprocess.Popen[str]:
     environment = {name: value for name, value in os.environ.items() if name != lifeline.VARIABLE}
     if holder is not None:
         environment[lifeline.VARIABLE] = str(holder)
-    process = subprocess.Popen([sys.executable, "-c", FOLLOWER], env=environment, stdout=subprocess.PIPE, text=True)
-    return process
+    return subprocess.Popen([sys.executable, "-c", FOLLOWER], env=environment, stdout=subprocess.PIPE, text=True)
 
 
 def test_a_follower_ends_with_its_holder() -> None:

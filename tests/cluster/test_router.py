@@ -36,7 +36,8 @@ class Router(AffinityRouter):
     """With replicas of these names."""
 
     def __init__(self) -> None:
-        super().__init__(DeploymentID("Replica", "app"), DeploymentHandleSource.REPLICA, use_replica_queue_len_cache=True)
+        deployment, source = DeploymentID("Replica", "app"), DeploymentHandleSource.REPLICA
+        super().__init__(deployment, source, use_replica_queue_len_cache=True)
         self.initialize_state(SLOTS, RESIDENT)
         self.routed, self.affinity = Counts(), Counts()
         self.set(NAMES)

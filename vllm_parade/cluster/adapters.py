@@ -192,7 +192,8 @@ class AdapterList:
                     if not await self.is_alive(name):
                         self.leave(name)
                 if late() and time.monotonic() > end:
-                    raise NotConfirmed(f"{late()[0]} has not answered within {self.barrier_s:g} s; {meanwhile}") from None
+                    message = f"{late()[0]} has not answered within {self.barrier_s:g} s; {meanwhile}"
+                    raise NotConfirmed(message) from None
         if not self.replicas:
             raise NotConfirmed(f"no replica is running; {meanwhile}. Try again when one is")
 

@@ -75,7 +75,8 @@ class Arguments(BaseModel, extra="forbid"):
         gpus, size = self.replica_options.get("num_gpus", 0), self.engine.get("tensor_parallel_size", 1)
         if gpus and gpus < size and not self.placement_group_bundles:
             raise ValueError(
-                f"replica_options.num_gpus is {gpus}, but engine.tensor_parallel_size is {size}; give a replica {size} GPUs"
+                f"replica_options.num_gpus is {gpus}, but engine.tensor_parallel_size is {size}; "
+                f"give a replica {size} GPUs"
             )
         names = [module.name for module in self.adapters]
         for name in self.base_names:
@@ -91,7 +92,7 @@ class Arguments(BaseModel, extra="forbid"):
 
     @property
     def max_num_seqs(self) -> int:
-        """Requests that an engine runs at a time: vLLM's default depends on the device, and the routing rule needs it."""
+        """Requests that an engine runs at a time; vLLM's default depends on the device, and the router must know."""
         return int(self.engine.get("max_num_seqs") or 256)
 
     def serving_config(self) -> ServingConfig:
@@ -111,6 +112,25 @@ class Arguments(BaseModel, extra="forbid"):
         knobs = {"parade_sites": list(config.sites), "max_cpu_parades": config.max_cpu_parades, "enable_parade": True}
         return {**self.engine, "model": self.model, "max_num_seqs": self.max_num_seqs, **knobs}
 
+    def replica_settings(self) -> dict[str, Any]:
+        """Serve's options of the deployment of replicas."""
+        router = {"slots": self.max_num_seqs, "resident": self.serving_config().max_parades}
+        given = {
+            "num_replicas": self.replicas if self.autoscaling is None else None,
+            "autoscaling_config": self.autoscaling,
+            "placement_group_bundles": self.placement_group_bundles,
+            "placement_group_strategy": self.placement_group_strategy,
+        }
+        return {
+            "ray_actor_options": self.replica_options,
+            "max_ongoing_requests": self.max_ongoing_requests or 4 * self.max_num_seqs,
+            "health_check_period_s": HEALTH_CHECK_S,
+            "request_router_config": RequestRouterConfig(
+                request_router_class=AffinityRouter, request_router_kwargs=router
+            ),
+            **{name: value for name, value in given.items() if value is not None},
+        }
+
 
 def build_app(arguments: Arguments) -> Application:
     """The application; `serve.run` takes it, and a YAML names this function as `import_path`.
@@ -119,25 +139,10 @@ def build_app(arguments: Arguments) -> Application:
         ValueError: an argument that cannot be used; the message names it and the remedy.
     """
     arguments = Arguments.model_validate(arguments)
-    options, config = arguments.engine_options(), arguments.serving_config()
     # Its requests are mostly replicas that wait for news: no line in the log for each.
     quiet = LoggingConfig(enable_access_log=False)
-    coordinator = Coordinator.options(max_ongoing_requests=MANY, logging_config=quiet).bind(arguments.adapters, arguments.base_names)
-    router = {"slots": arguments.max_num_seqs, "resident": config.max_parades}
-    scale = {"autoscaling_config": arguments.autoscaling} if arguments.autoscaling else {"num_replicas": arguments.replicas}
-    placement = {
-        name: value
-        for name in ("placement_group_bundles", "placement_group_strategy")
-        if (value := getattr(arguments, name)) is not None
-    }
-    replicas = Replica.options(
-        ray_actor_options=arguments.replica_options,
-        max_ongoing_requests=arguments.max_ongoing_requests or 4 * arguments.max_num_seqs,
-        health_check_period_s=HEALTH_CHECK_S,
-        request_router_config=RequestRouterConfig(request_router_class=AffinityRouter, request_router_kwargs=router),
-        **scale,
-        **placement,
-    ).bind(options, coordinator)
-    return Ingress.options(num_replicas=arguments.ingress_replicas, max_ongoing_requests=MANY).bind(
-        replicas, coordinator, arguments.base_names
-    )
+    coordinator = Coordinator.options(max_ongoing_requests=MANY, logging_config=quiet)
+    adapters = coordinator.bind(arguments.adapters, arguments.base_names)
+    replicas = Replica.options(**arguments.replica_settings()).bind(arguments.engine_options(), adapters)
+    ingress = Ingress.options(num_replicas=arguments.ingress_replicas, max_ongoing_requests=MANY)
+    return ingress.bind(replicas, adapters, arguments.base_names)

@@ -9,6 +9,7 @@ from http import HTTPStatus
 from typing import Any
 
 Message = MutableMapping[str, Any]
+Headers = list[tuple[bytes, bytes]]
 App = Callable[..., Awaitable[None]]
 # When a client may try again what has failed for a reason that passes.
 RETRY_AFTER_S = 1
@@ -21,7 +22,7 @@ class Asked:
     method: str
     path: str
     query: bytes
-    headers: list[tuple[bytes, bytes]]
+    headers: Headers
     body: bytes
     adapter: str | None
     """Adapter that it names as its model; None for one that goes to any replica."""

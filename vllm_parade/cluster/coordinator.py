@@ -28,7 +28,8 @@ class Coordinator:
     """Holds the application's `AdapterList`. What it keeps in Ray's store survives this process and Serve's controller,
     as Serve's own state does, and goes with the cluster; a new deployment of the application finds it again."""
 
-    async def __init__(self, modules: Iterable[ParadeModule], base_names: Iterable[str]) -> None:
+    # Serve awaits a constructor.
+    async def __init__(self, modules: Iterable[ParadeModule], base_names: Iterable[str]) -> None:  # type: ignore[misc]
         context = serve.get_replica_context()
         self.key = f"adapters-{context.app_name}".encode()
         self.namespace = ray.get_runtime_context().namespace

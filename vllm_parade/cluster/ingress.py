@@ -17,7 +17,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from vllm_parade.cluster.adapters import AdapterRefused, NotConfirmed, UnknownAdapter
-from vllm_parade.cluster.asgi import Asked, Message, error, refusal
+from vllm_parade.cluster.asgi import Asked, Headers, Message, error, refusal
 from vllm_parade.config import ParadeModule
 
 # What a replica's death looks like from here.
@@ -85,7 +85,7 @@ class Ingress:
             NotConfirmed: a replica does not answer; the adapter is not served.
         """
         if not os.path.isabs(path):
-            raise AdapterRefused(f"path is {path!r}; give an absolute one, that leads to the same files on all machines")
+            raise AdapterRefused(f"path is {path!r}; give an absolute one, which all machines have")
         await self.coordinator.load.remote(ParadeModule(name, path, base_model_name))
 
     async def unload(self, name: str) -> None:
@@ -147,7 +147,7 @@ class Ingress:
         response.raw_headers = list(start["headers"])
         return response
 
-    async def _parts(self, first: list[Message], stream: Any, headers: Iterable[tuple[bytes, bytes]]) -> AsyncIterator[bytes]:
+    async def _parts(self, first: list[Message], stream: Any, headers: Headers) -> AsyncIterator[bytes]:
         try:
             for message in first:
                 yield message.get("body", b"")
@@ -170,4 +170,3 @@ class Ingress:
         except (ValueError, KeyError, TypeError):
             return None
         return model if isinstance(model, str) and model not in self.base_names else None
-

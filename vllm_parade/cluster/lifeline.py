@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An engine must not outlive its replica: vLLM's engine core is a process of its own, which holds the device memory that
-the next replica needs, and nobody ends it when the replica is killed."""
+"""An engine must not outlive its replica.
+
+vLLM's engine core is a process of its own. It holds the device memory that the next replica needs, and nobody ends it
+when the replica is killed.
+"""
 
 import os
 import select

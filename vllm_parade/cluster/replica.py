@@ -34,7 +34,8 @@ class Replica:
     with those it has.
     """
 
-    async def __init__(self, options: Mapping[str, Any], coordinator: DeploymentHandle) -> None:
+    # Serve awaits a constructor.
+    async def __init__(self, options: Mapping[str, Any], coordinator: DeploymentHandle) -> None:  # type: ignore[misc]
         lifeline.hold()
         # vLLM is loaded here and not where the application is built.
         from vllm_parade.cluster import engine
@@ -89,7 +90,7 @@ class Replica:
             yield messages
 
     async def check_health(self) -> None:
-        """Called by Serve, which replaces a replica that raises: its engine has died, or it follows the list no more."""
+        """Called by Serve, which replaces a replica whose engine has died, or that follows the list no more."""
         await self.engine.check_health()
         if self.following.done():
             self.following.result()

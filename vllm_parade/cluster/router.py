@@ -33,8 +33,8 @@ class AffinityRouter(RequestRouter):
         tags = {"application": self.app_name}
         self.routed = Counter(
             "vllm_parade_routed",
-            "Requests by where the routing rule sent them: the adapter's first replica (home), one of its next (spread), "
-            "any (elsewhere), or any for the base model (base).",
+            "Requests by where they went: the adapter's first replica (home), one of its next (spread), another one "
+            "(elsewhere), or any for the base model (base).",
             tag_keys=("application", "place"),
         ).set_default_tags(tags)
         self.affinity = Counter(
