@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, Field, field_validator, model_validator
+from ray import serve
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 from ray.serve.schema import LoggingConfig
@@ -141,8 +142,8 @@ def build_app(arguments: Arguments) -> Application:
     arguments = Arguments.model_validate(arguments)
     # Its requests are mostly replicas that wait for news: no line in the log for each.
     quiet = LoggingConfig(enable_access_log=False)
-    coordinator = Coordinator.options(max_ongoing_requests=MANY, logging_config=quiet)
+    coordinator = serve.deployment(max_ongoing_requests=MANY, logging_config=quiet)(Coordinator)
     adapters = coordinator.bind(arguments.adapters, arguments.base_names)
-    replicas = Replica.options(**arguments.replica_settings()).bind(arguments.engine_options(), adapters)
-    ingress = Ingress.options(num_replicas=arguments.ingress_replicas, max_ongoing_requests=MANY)
+    replicas = serve.deployment(**arguments.replica_settings())(Replica).bind(arguments.engine_options(), adapters)
+    ingress = serve.deployment(num_replicas=arguments.ingress_replicas, max_ongoing_requests=MANY)(Ingress)
     return ingress.bind(replicas, adapters, arguments.base_names)

@@ -23,7 +23,6 @@ KV_NAMESPACE = b"vllm_parade"
 PING_S = 2.0
 
 
-@serve.deployment
 class Coordinator:
     """Holds the application's `AdapterList`. What it keeps in Ray's store survives this process and Serve's controller,
     as Serve's own state does, and goes with the cluster; a new deployment of the application finds it again."""

@@ -65,7 +65,6 @@ def reason(failed: BaseException) -> str:
 
 
 # Serve pickles the routes here and now: what they call must stand above.
-@serve.deployment
 @serve.ingress(routes)
 class Ingress:
     """Routes of administrators are answered here, all others by a replica's vLLM.

@@ -9,7 +9,6 @@ from http import HTTPStatus
 from typing import Any
 
 import ray
-from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
@@ -26,7 +25,6 @@ RETRY_S = 0.5
 REPLICA_HEADER = b"x-parade-replica"
 
 
-@serve.deployment
 class Replica:
     """Answers requests, and keeps its engine's adapters as the application's list says.
 
