@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an application is built from: what it refuses, and what its engines get."""
 
+import importlib
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 pytest.importorskip("ray.serve")
+
+from ray.serve.schema import ServeDeploySchema
 
 from vllm_parade.cluster.app import Arguments, build_app
 from vllm_parade.cluster.router import AffinityRouter
@@ -100,3 +104,13 @@ def test_an_application_is_three_deployments() -> None:
     assert config.request_router_config.get_request_router_class().__name__ == AffinityRouter.__name__
     assert config.request_router_config.request_router_kwargs == {"slots": 8, "resident": 32}
     assert replicas._replica_config.placement_group_bundles == [{"CPU": 2}]
+
+
+def test_the_examples_yaml_builds_as_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    config = ServeDeploySchema.model_validate(yaml.safe_load((ROOT / "examples/ray/serve.yaml").read_text()))
+    (application,) = config.applications
+    module, _, name = application.import_path.partition(":")
+    assert getattr(importlib.import_module(module), name) is build_app
+    # As Serve does it: arguments become what the builder's parameter is annotated with.
+    build_app(Arguments.model_validate(application.args))

@@ -31,7 +31,7 @@ def parse(options: Mapping[str, Any]) -> Namespace:
         ValueError: what vLLM's command would say of them.
     """
     load_general_plugins()
-    parser = make_arg_parser(FlexibleArgumentParser(prog="engine", exit_on_error=False))
+    parser = make_arg_parser(FlexibleArgumentParser())
 
     def refuse(message: str) -> NoReturn:
         raise ValueError(f"engine: {message}")
