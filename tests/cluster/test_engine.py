@@ -27,7 +27,13 @@ def test_words(name, value, words) -> None:
 
 def test_arguments_are_those_of_vllms_command() -> None:
     modules = [{"name": "a", "path": "/x", "base_model_name": None}]
-    options = {"model": "/m", "max-num-seqs": 8, "enforce_eager": True, "enable_parade": True, "parade_modules": modules}
+    options = {
+        "model": "/m",
+        "max-num-seqs": 8,
+        "enforce_eager": True,
+        "enable_parade": True,
+        "parade_modules": modules,
+    }
     args = parse({**options, "speculative_config": {"method": "ngram", "num_speculative_tokens": 2}})
     assert (args.model, args.max_num_seqs, args.enforce_eager) == ("/m", 8, True)
     assert args.speculative_config == {"method": "ngram", "num_speculative_tokens": 2}

@@ -127,6 +127,27 @@ def test_a_client_that_goes_before_the_first_word_ends_its_request() -> None:
     assert answer.cancelled
 
 
+def test_health_tells_that_there_is_no_replica(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Never(Answer):
+        async def __anext__(self) -> Any:
+            await asyncio.Event().wait()
+
+    # The class was pickled with its module's names when it was made.
+    health = Ingress.__mro__[1].health
+    monkeypatch.setitem(health.__globals__, "HEALTH_S", 0.05)
+    answer = Never()
+    ingress, _ = make(answer)
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    scope = {"type": "http", "method": "GET", "path": "/health", "query_string": b"", "headers": []}
+    response = asyncio.run(health(ingress, Request(scope, receive)))
+    assert response.status_code == 503
+    assert b"no replica has answered" in response.body
+    assert answer.cancelled
+
+
 @pytest.mark.parametrize(
     ("content", "adapter"),
     [

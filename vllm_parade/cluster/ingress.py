@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The application's front door: finds the adapter in a request, sends it to a replica, and gives back what comes."""
 
+import asyncio
 import json
 import os
 import secrets
@@ -23,6 +24,8 @@ from vllm_parade.config import ParadeModule
 # What a replica's death looks like from here.
 LOST = (RayError, RayServeException)
 LOST_MESSAGE = "the replica that answered this request has failed; ask again"
+# How long /health waits for a replica.
+HEALTH_S = 5.0
 METHODS = ["GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS"]
 # Environment variable with the key that routes for administrators ask for, as VLLM_API_KEY is for the others.
 ADMIN_KEY = "PARADE_ADMIN_KEY"
@@ -124,6 +127,16 @@ class Ingress:
         else:
             return JSONResponse({"message": done})
         return JSONResponse(error(status, message), status)
+
+    @routes.get("/health")
+    async def health(self, request: Request) -> Response:
+        """What a replica's engine says. Other requests wait until there is a replica, this one tells that there is none."""
+        try:
+            async with asyncio.timeout(HEALTH_S):
+                return await self.forward("health", request)
+        except TimeoutError:
+            message = f"no replica has answered within {HEALTH_S:g} s"
+            return JSONResponse(error(HTTPStatus.SERVICE_UNAVAILABLE, message), HTTPStatus.SERVICE_UNAVAILABLE)
 
     @routes.api_route("/{path:path}", methods=METHODS)
     async def forward(self, path: str, request: Request) -> Response:

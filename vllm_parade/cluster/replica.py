@@ -4,7 +4,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Mapping
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from http import HTTPStatus
 from typing import Any
 
@@ -21,6 +21,8 @@ logger = logging.getLogger("ray.serve")
 
 # Between attempts to reach the coordinator.
 RETRY_S = 0.5
+# How long a replica that stops in good order waits for the coordinator.
+LEAVE_S = 5.0
 # Tells clients and tests which replica has answered.
 REPLICA_HEADER = b"x-parade-replica"
 
@@ -97,5 +99,8 @@ class Replica:
         """Called by Serve when it stops a replica in good order."""
         if hasattr(self, "following"):
             self.following.cancel()
-            await self.coordinator.leave.remote(self.name)
+            # Where nobody listens, the coordinator finds out by itself.
+            with suppress(RayError, RayServeException, TimeoutError):
+                async with asyncio.timeout(LEAVE_S):
+                    await self.coordinator.leave.remote(self.name)
         await self.running.aclose()
