@@ -108,7 +108,6 @@ def cluster(**arguments: Any) -> Iterator[Cluster]:
             _node_ip_address="127.0.0.2",
             _metrics_export_port=metrics_port,
             _system_config={"metrics_report_interval_ms": 1000},
-            runtime_env={"env_vars": ENVIRONMENT},
         )
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         serve.run(build_app(Arguments(**arguments)), name=APPLICATION, route_prefix="/")

@@ -17,6 +17,9 @@ import httpx
 import openai
 import psutil
 import pytest
+
+pytest.importorskip("ray.serve")
+
 import ray
 from ray import serve
 

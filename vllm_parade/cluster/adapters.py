@@ -78,6 +78,13 @@ class AdapterList:
             self.save(self)
         self._tell()
 
+    async def forget_dead(self, replicas: Iterable[str]) -> None:
+        """Forget those of these replicas whose process has ended."""
+        names = list(replicas)
+        for name, alive in zip(names, await asyncio.gather(*map(self.is_alive, names)), strict=True):
+            if not alive:
+                self.leave(name)
+
     async def load(self, module: ParadeModule) -> None:
         """Serve an adapter on all replicas; one that is served already is left as it is.
 
@@ -188,9 +195,7 @@ class AdapterList:
             try:
                 await self._wait(lambda: not late(), LOOK_S)
             except TimeoutError:
-                for name in late():
-                    if not await self.is_alive(name):
-                        self.leave(name)
+                await self.forget_dead(late())
                 if late() and time.monotonic() > end:
                     message = f"{late()[0]} has not answered within {self.barrier_s:g} s; {meanwhile}"
                     raise NotConfirmed(message) from None

@@ -101,5 +101,6 @@ class Coordinator:
         await self.adapters.unload(name)
 
     async def describe(self) -> dict[str, Any]:
-        """See AdapterList.describe."""
+        """See AdapterList.describe; only replicas that are alive."""
+        await self.adapters.forget_dead(self.adapters.replicas)
         return self.adapters.describe()

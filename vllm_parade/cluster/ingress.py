@@ -130,7 +130,7 @@ class Ingress:
 
     @routes.get("/health")
     async def health(self, request: Request) -> Response:
-        """What a replica's engine says. Other requests wait until there is a replica, this one tells that there is none."""
+        """What a replica's engine says. Other requests wait for a replica, this one tells that there is none."""
         try:
             async with asyncio.timeout(HEALTH_S):
                 return await self.forward("health", request)
