@@ -31,7 +31,6 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Store:
     store = Store()
     monkeypatch.setattr(module, "internal_kv", store)
     monkeypatch.setattr(module.serve, "get_replica_context", lambda: SimpleNamespace(app_name="app"))
-    monkeypatch.setattr(module.ray, "get_runtime_context", lambda: SimpleNamespace(namespace="serve"))
     return store
 
 
@@ -131,6 +130,7 @@ def test_only_rays_word_counts_as_death(store: Store, monkeypatch, answer: Excep
             raise answer
 
     def get_actor(name: str, namespace: str) -> Any:
+        assert namespace == "serve"
         if isinstance(answer, ValueError):
             raise answer
         return SimpleNamespace(__ray_ready__=SimpleNamespace(remote=reply))

@@ -20,6 +20,8 @@ from vllm_parade.config import ParadeModule, ServingConfig, given_sites
 # Requests at a time that Serve lets through to the ingress and to the coordinator, which only wait.
 MANY = 100_000
 HEALTH_CHECK_S = 5.0
+# Serve notices a death at its next check; until then adapters cannot be changed.
+COORDINATOR_CHECK_S = 1.0
 # Flags that make no sense here, and what to give instead.
 ELSEWHERE = {
     "model": "give it as `model`",
@@ -142,7 +144,9 @@ def build_app(arguments: Arguments) -> Application:
     arguments = Arguments.model_validate(arguments)
     # Its requests are mostly replicas that wait for news: no line in the log for each.
     quiet = LoggingConfig(enable_access_log=False)
-    coordinator = serve.deployment(max_ongoing_requests=MANY, logging_config=quiet)(Coordinator)
+    coordinator = serve.deployment(
+        max_ongoing_requests=MANY, health_check_period_s=COORDINATOR_CHECK_S, logging_config=quiet
+    )(Coordinator)
     adapters = coordinator.bind(arguments.adapters, arguments.base_names)
     replicas = serve.deployment(**arguments.replica_settings())(Replica).bind(arguments.engine_options(), adapters)
     ingress = serve.deployment(num_replicas=arguments.ingress_replicas, max_ongoing_requests=MANY)(Ingress)

@@ -12,6 +12,7 @@ import ray
 from ray import serve
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 from ray.experimental import internal_kv
+from ray.serve._private.constants import SERVE_NAMESPACE
 
 from vllm_parade.cluster.adapters import AdapterList, AdapterRefused
 from vllm_parade.cluster.entries import Entry, Report, Snapshot
@@ -31,7 +32,6 @@ class Coordinator:
     async def __init__(self, modules: Iterable[ParadeModule], base_names: Iterable[str]) -> None:  # type: ignore[misc]
         context = serve.get_replica_context()
         self.key = f"adapters-{context.app_name}".encode()
-        self.namespace = ray.get_runtime_context().namespace
         self.given = {module.name: module for module in modules}
         self.adapters = AdapterList(base_names, self._save, self._is_alive)
         self._restore()
@@ -73,7 +73,7 @@ class Coordinator:
     async def _is_alive(self, replica: str) -> bool:
         """Whether a replica's process may still answer: only Ray's word that it is dead counts as no."""
         try:
-            actor = ray.get_actor(replica, namespace=self.namespace)
+            actor = ray.get_actor(replica, namespace=SERVE_NAMESPACE)
             with contextlib.suppress(ActorUnavailableError, TimeoutError):
                 await asyncio.wait_for(actor.__ray_ready__.remote(), PING_S)
         except (ValueError, ActorDiedError):

@@ -14,7 +14,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.metrics import Counter, Gauge
 
-from vllm_parade.cluster import lifeline
+from vllm_parade.cluster import lifeline, logs
 from vllm_parade.cluster.asgi import Asked, Message, call, refusal
 
 logger = logging.getLogger("ray.serve")
@@ -38,8 +38,9 @@ class Replica:
     async def __init__(self, options: Mapping[str, Any], coordinator: DeploymentHandle) -> None:  # type: ignore[misc]
         lifeline.hold()
         # vLLM is loaded here and not where the application is built.
-        from vllm_parade.cluster import engine
-        from vllm_parade.cluster.follower import Follower
+        with logs.kept():
+            from vllm_parade.cluster import engine
+            from vllm_parade.cluster.follower import Follower
 
         self.name = ray.get_runtime_context().get_actor_name()
         self.coordinator, self.running = coordinator, AsyncExitStack()
