@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Serve's log beside vLLM's.
 
-vLLM configures logging when it is loaded, and Python then closes all handlers that there are. The one through which
-Serve's replicas write their log forgets its file; and a controller that has been restarted, which asks each replica for
-the name of that file, takes the failure for a broken replica and replaces every engine.
+vLLM configures logging when it is loaded and when it makes an engine, and Python then closes all handlers that there
+are. The one through which Serve's replicas write their log forgets its file; and a controller that has been restarted,
+which asks each replica for the name of that file, takes the failure for a broken replica and replaces every engine.
 """
 
 import logging

@@ -37,16 +37,16 @@ class Replica:
     # Serve awaits a constructor.
     async def __init__(self, options: Mapping[str, Any], coordinator: DeploymentHandle) -> None:  # type: ignore[misc]
         lifeline.hold()
-        # vLLM is loaded here and not where the application is built.
-        with logs.kept():
-            from vllm_parade.cluster import engine
-            from vllm_parade.cluster.follower import Follower
-
         self.name = ray.get_runtime_context().get_actor_name()
         self.coordinator, self.running = coordinator, AsyncExitStack()
         modules = await coordinator.modules.remote()
-        args = engine.parse({**options, "parade_modules": [vars(module) for module in modules] or None})
-        self.app = await self.running.enter_async_context(engine.serving(args))
+        with logs.kept():
+            # vLLM is loaded here and not where the application is built.
+            from vllm_parade.cluster import engine
+            from vllm_parade.cluster.follower import Follower
+
+            args = engine.parse({**options, "parade_modules": [vars(module) for module in modules] or None})
+            self.app = await self.running.enter_async_context(engine.serving(args))
         self.engine = self.app.state.engine_client
         self.follower = Follower(self.app.state.openai_serving_models)
         self.loads = Counter("vllm_parade_adapter_loads", "Adapters that a replica read from their folders.")
