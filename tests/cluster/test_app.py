@@ -104,6 +104,8 @@ def test_an_application_is_three_deployments() -> None:
     assert config.request_router_config.get_request_router_class().__name__ == AffinityRouter.__name__
     assert config.request_router_config.request_router_kwargs == {"slots": 8, "resident": 32}
     assert replicas._replica_config.placement_group_bundles == [{"CPU": 2}]
+    # Two replicas fit on a machine of two cores.
+    assert [one.ray_actor_options["num_cpus"] for one in (ingress, coordinator)] == [0, 0]
 
 
 def test_the_examples_yaml_builds_as_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:

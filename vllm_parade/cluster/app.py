@@ -142,12 +142,12 @@ def build_app(arguments: Arguments) -> Application:
         ValueError: an argument that cannot be used; the message names it and the remedy.
     """
     arguments = Arguments.model_validate(arguments)
-    # Its requests are mostly replicas that wait for news: no line in the log for each.
-    quiet = LoggingConfig(enable_access_log=False)
-    coordinator = serve.deployment(
-        max_ongoing_requests=MANY, health_check_period_s=COORDINATOR_CHECK_S, logging_config=quiet
-    )(Coordinator)
+    # Both of them mostly wait, which needs no core of their own; and not every replica that waits for news is a line in
+    # the log.
+    waiting: dict[str, Any] = {"max_ongoing_requests": MANY, "ray_actor_options": {"num_cpus": 0}}
+    quiet = {"health_check_period_s": COORDINATOR_CHECK_S, "logging_config": LoggingConfig(enable_access_log=False)}
+    coordinator = serve.deployment(**waiting, **quiet)(Coordinator)
     adapters = coordinator.bind(arguments.adapters, arguments.base_names)
     replicas = serve.deployment(**arguments.replica_settings())(Replica).bind(arguments.engine_options(), adapters)
-    ingress = serve.deployment(num_replicas=arguments.ingress_replicas, max_ongoing_requests=MANY)(Ingress)
+    ingress = serve.deployment(num_replicas=arguments.ingress_replicas, **waiting)(Ingress)
     return ingress.bind(replicas, adapters, arguments.base_names)
