@@ -4,6 +4,8 @@ import inspect
 import re
 from pathlib import Path
 
+import pytest
+
 from vllm_parade.config import ServingConfig, flag_name
 from vllm_parade.frontend import startup
 from vllm_parade.frontend.metrics import DOCUMENTATION
@@ -33,6 +35,13 @@ def test_every_refusal_is_described() -> None:
     name = r"--[a-z-]+|VLLM_[A-Z0-9_]+"
     described = re.findall(rf"`({name})", "\n".join(re.findall(r"^\| (.*?) \|", section(REFUSED), re.MULTILINE)))
     assert set(described) == set(re.findall(rf'"({name})', inspect.getsource(startup._unsupported)))
+
+
+def test_every_argument_of_the_application_is_described() -> None:
+    app = pytest.importorskip("vllm_parade.cluster.app")
+    table = section("Ray").split("| argument | meaning |")[1].split("\n\n")[0]
+    described = re.findall(r"`([a-z_]+)`", "\n".join(re.findall(r"^\| (.*?) \|", table, re.MULTILINE)))
+    assert described == list(app.Arguments.model_fields)
 
 
 def test_the_tree_is_the_tree() -> None:

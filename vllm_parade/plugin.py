@@ -13,6 +13,7 @@ from typing import Any
 import wrapt
 
 from vllm_parade import compat
+from vllm_parade.cluster import lifeline
 
 FRONTEND = "vllm_parade.frontend"
 
@@ -101,6 +102,7 @@ def register() -> None:
     """Entry point of `vllm.general_plugins`: called in every process of vLLM, possibly more than once."""
     from vllm.logger import init_logger
 
+    lifeline.follow()
     version = compat.installed_version()
     if not compat.is_supported(version):
         init_logger("vllm.parade").error(compat.unsupported_message(version))

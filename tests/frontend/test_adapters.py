@@ -123,6 +123,20 @@ def test_pinned_adapters_are_never_evicted(kind):
     assert engine.resident == ["a", "d"]
 
 
+def test_unpinned_adapters_make_room_when_their_requests_have_ended(kind):
+    engine = kind()
+    for name in "ab":
+        engine.send(name)
+        engine.registry.pin(adapter(name))
+    engine.registry.unpin(adapter("a"))
+    engine.registry.unpin(adapter("never pinned"))
+    with pytest.raises(VLLMValidationError, match="in use"):
+        engine.send("c")
+    engine.unfinished = False
+    engine.send("c")
+    assert engine.resident == ["b", "c"]
+
+
 @pytest.mark.parametrize(
     ("answers", "message"),
     [

@@ -137,8 +137,12 @@ class AdapterRegistry:
         return request.parade_path, [self._hashes[key] for key in evicted if self._hashes[key] not in kept]
 
     def pin(self, request: ParadeRequest) -> None:
-        """Keep an adapter for the life of the engine."""
+        """Keep an adapter until it is unpinned."""
         self._pinned.add(_key(request))
+
+    def unpin(self, request: ParadeRequest) -> None:
+        """Let an adapter make room for others when its requests have ended; one that is not pinned stays as it is."""
+        self._pinned.discard(_key(request))
 
 
 def _key(request: ParadeRequest) -> AdapterKey:

@@ -37,17 +37,19 @@ def add_stat_logger(
     if ServingConfig.from_vllm_config(vllm_config).enable_parade:
         # Not before vLLM's own: making its Prometheus logger takes every collector named vllm: off the registry.
         # That also keeps a second engine in one process from registering ours twice.
-        instance.stat_loggers.append(ParadeStatLogger(vllm_config, instance.engine_indexes))
+        # Its own may count for Ray's exporter instead: then ours do too.
+        counters = [one._counter_cls for one in instance.stat_loggers if hasattr(one, "_counter_cls")]
+        instance.stat_loggers.append(ParadeStatLogger(vllm_config, instance.engine_indexes, *counters[:1]))
 
 
 class ParadeStatLogger(AggregateStatLoggerBase):
     """Row counts as Prometheus counters beside vLLM's, and as a line after vLLM's periodic one."""
 
-    def __init__(self, vllm_config: "VllmConfig", engine_indexes: list[int]) -> None:
+    def __init__(self, vllm_config: "VllmConfig", engine_indexes: list[int], counter: Any = Counter) -> None:
         model_name = vllm_config.model_config.served_model_name
         labels: dict[int, list[object]] = {index: [model_name, str(index)] for index in engine_indexes}
         self.counters = {
-            name: create_metric_per_engine(Counter(f"vllm:{PREFIX}{name}", text, LABELS), labels)
+            name: create_metric_per_engine(counter(f"vllm:{PREFIX}{name}", text, LABELS), labels)
             for name, text in DOCUMENTATION.items()
         }
         # By engine, as last recorded and as of the last line in the log.

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What clients get where replicas fail, before and after the first word; replicas are played."""
+
+import asyncio
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("ray.serve")
+
+from fastapi import Request, Response
+from ray.exceptions import ActorDiedError
+from ray.serve.exceptions import DeploymentUnavailableError
+
+from vllm_parade.cluster.adapters import AdapterRefused, NotConfirmed, UnknownAdapter
+from vllm_parade.cluster.ingress import Ingress
+
+SSE = [(b"content-type", b"text/event-stream; charset=utf-8")]
+JSON = [(b"content-type", b"application/json")]
+LOST = "the replica that answered this request has failed; ask again"
+
+
+def start(headers: list[tuple[bytes, bytes]] = JSON, status: int = 200) -> dict[str, Any]:
+    return {"type": "http.response.start", "status": status, "headers": headers}
+
+
+def body(text: bytes) -> dict[str, Any]:
+    return {"type": "http.response.body", "body": text, "more_body": True}
+
+
+class Answer:
+    """A replica's: lists of messages, and exceptions among them that are raised."""
+
+    def __init__(self, *steps: Any) -> None:
+        self.steps, self.cancelled = list(steps), False
+
+    def __aiter__(self) -> "Answer":
+        return self
+
+    async def __anext__(self) -> Any:
+        if not self.steps:
+            raise StopAsyncIteration
+        step = self.steps.pop(0)
+        if isinstance(step, BaseException):
+            raise step
+        return step
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+def make(answer: Any = None, coordinator: Any = None) -> tuple[Any, list[Any]]:
+    """An ingress, and what it asks its replicas."""
+    asked: list[Any] = []
+
+    def remote(one: Any) -> Any:
+        asked.append(one)
+        return answer
+
+    handle = SimpleNamespace(answer=SimpleNamespace(remote=remote))
+    handle.options = lambda stream: handle
+    ingress = object.__new__(Ingress)
+    Ingress.__mro__[1].__init__(ingress, handle, coordinator, ["base", "other"])
+    return ingress, asked
+
+
+def ask(answer: Answer, content: bytes = b"{}") -> tuple[Response, Any]:
+    """The response to a request with this body, and the request that replicas see."""
+    ingress, asked = make(answer)
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": content, "more_body": False}
+
+    scope = {"type": "http", "method": "POST", "path": "/app/v1/x", "query_string": b"a=1", "headers": [(b"x", b"y")]}
+    response = asyncio.run(ingress.forward("v1/x", Request(scope, receive)))
+    return response, asked[0]
+
+
+def read(response: Any) -> bytes:
+    async def parts() -> bytes:
+        return b"".join([part async for part in response.body_iterator])
+
+    return asyncio.run(parts())
+
+
+def test_an_answer_is_given_back_as_it_came() -> None:
+    headers = [*JSON, (b"set-cookie", b"a"), (b"set-cookie", b"b")]
+    answer = Answer([start(headers, 418)], [body(b"one"), body(b"two")], [body(b"three")])
+    response, asked = ask(answer, b'{"model": "sst2"}')
+    assert (response.status_code, response.raw_headers) == (418, headers)
+    assert read(response) == b"onetwothree"
+    assert (asked.method, asked.path, asked.query, asked.headers) == ("POST", "/v1/x", b"a=1", [(b"x", b"y")])
+    assert (asked.body, asked.adapter) == (b'{"model": "sst2"}', "sst2")
+
+
+@pytest.mark.parametrize("lost", [ActorDiedError(), DeploymentUnavailableError("Replica")])
+@pytest.mark.parametrize("steps", [[], [[start(SSE)]]], ids=["nothing", "a status"])
+def test_before_the_first_word_a_failure_is_a_status(lost: Exception, steps: list[Any]) -> None:
+    response, _ = ask(Answer(*steps, lost))
+    assert response.status_code == 503
+    assert (b"retry-after", b"1") in response.raw_headers
+    assert json.loads(read(response))["error"]["message"] == LOST
+
+
+def test_a_stream_that_breaks_ends_with_an_error_event() -> None:
+    answer = Answer([start(SSE), body(b"data: {}\n\n")], ActorDiedError())
+    response, _ = ask(answer)
+    first, event, rest = read(response).split(b"\n\n")
+    assert (response.status_code, first, rest) == (200, b"data: {}", b"")
+    error = json.loads(event.removeprefix(b"data: "))["error"]
+    assert error == {"message": LOST, "type": "ServiceUnavailableError", "param": None, "code": 503}
+    assert answer.cancelled
+
+
+def test_half_a_document_is_no_whole_one() -> None:
+    response, _ = ask(Answer([start(JSON), body(b'{"text": "ha')], ActorDiedError()))
+    with pytest.raises(ActorDiedError):
+        read(response)
+
+
+def test_a_client_that_goes_before_the_first_word_ends_its_request() -> None:
+    answer = Answer([start()], asyncio.CancelledError())
+    with pytest.raises(asyncio.CancelledError):
+        ask(answer)
+    assert answer.cancelled
+
+
+def test_health_tells_that_there_is_no_replica(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Never(Answer):
+        async def __anext__(self) -> Any:
+            await asyncio.Event().wait()
+
+    # The class was pickled with its module's names when it was made.
+    health = Ingress.__mro__[1].health
+    monkeypatch.setitem(health.__globals__, "HEALTH_S", 0.05)
+    answer = Never()
+    ingress, _ = make(answer)
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    scope = {"type": "http", "method": "GET", "path": "/health", "query_string": b"", "headers": []}
+    response = asyncio.run(health(ingress, Request(scope, receive)))
+    assert response.status_code == 503
+    assert b"no replica has answered" in response.body
+    assert answer.cancelled
+
+
+@pytest.mark.parametrize(
+    ("content", "adapter"),
+    [
+        (b'{"model": "sst2"}', "sst2"),
+        (b'{"model": "base"}', None),
+        (b'{"model": "other"}', None),
+        (b'{"model": 3}', None),
+        (b"[1]", None),
+        (b'"text"', None),
+        (b"", None),
+        (b"\xff\xfe{", None),
+    ],
+)
+def test_the_adapter_in_a_request(content: bytes, adapter: str | None) -> None:
+    assert make()[0].adapter(content) == adapter
+
+
+@pytest.mark.parametrize(
+    ("failed", "status"),
+    [
+        (AdapterRefused("why"), 400),
+        (UnknownAdapter("why"), 404),
+        (NotConfirmed("why"), 503),
+        (DeploymentUnavailableError("Coordinator"), 503),
+    ],
+)
+def test_what_changes_of_adapters_answer(failed: Exception, status: int) -> None:
+    async def change() -> None:
+        raise failed
+
+    response = asyncio.run(make()[0]._change(change(), "done"))
+    assert response.status_code == status
+    if "why" in str(failed):
+        assert json.loads(response.body)["error"]["message"] == "why"
+
+
+def test_paths_must_be_absolute() -> None:
+    with pytest.raises(AdapterRefused, match=r"path is 'x/y'; give an absolute one"):
+        asyncio.run(make()[0].load("a", "x/y"))

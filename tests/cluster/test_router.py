@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Serve's router with our rule: whom it chooses, and what it counts. Replicas are played, Ray does not run."""
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("ray.serve")
+
+from ray.serve._private.common import DeploymentHandleSource, DeploymentID, ReplicaID
+
+from vllm_parade.cluster.asgi import Asked
+from vllm_parade.cluster.router import AffinityRouter, adapter_of
+from vllm_parade.cluster.routing import FREE, AffinityRule
+
+SLOTS, RESIDENT = 8, 2
+NAMES = ["one", "two", "three"]
+
+
+class Counts(dict):
+    """Stands in for a counter of Ray's."""
+
+    def inc(self, tags: dict[str, str]) -> None:
+        (value,) = tags.values()
+        self[value] = self.get(value, 0) + 1
+
+
+def request(adapter: str | None) -> Any:
+    asked = Asked("POST", "/", b"", [], b"", adapter)
+    return SimpleNamespace(args=[asked], routing_context=SimpleNamespace(should_backoff=False))
+
+
+class Router(AffinityRouter):
+    """With replicas of these names."""
+
+    def __init__(self) -> None:
+        deployment, source = DeploymentID("Replica", "app"), DeploymentHandleSource.REPLICA
+        super().__init__(deployment, source, use_replica_queue_len_cache=True)
+        self.initialize_state(SLOTS, RESIDENT)
+        self.routed, self.affinity = Counts(), Counts()
+        self.set(NAMES)
+
+    def set(self, names: list[str]) -> None:
+        self.ids = {name: ReplicaID(name, self._deployment_id) for name in names}
+        self._replicas = {one: SimpleNamespace(replica_id=one) for one in self.ids.values()}
+
+    def load(self, name: str, count: int) -> None:
+        self.replica_queue_len_cache.update(self.ids[name], count)
+
+    def ranks(self, adapter: str | None) -> list[str]:
+        asked = request(adapter)
+        ranks = asyncio.run(self.choose_replicas(list(self.curr_replicas.values()), asked))
+        assert asked.routing_context.should_backoff
+        return [replica.replica_id.unique_id for (replica,) in ranks]
+
+    def route(self, adapter: str | None) -> str:
+        name = self.ranks(adapter)[0]
+        self.on_request_routed(request(adapter), self.ids[name], None)
+        return name
+
+
+@pytest.fixture
+def router() -> Router:
+    return Router()
+
+
+def test_an_adapter_goes_where_the_rule_says(router: Router) -> None:
+    rule = AffinityRule(NAMES, SLOTS)
+    for adapter in map(str, range(20)):
+        first, second, _ = (NAMES[place] for place in rule.order(adapter))
+        router.load(first, 0)
+        assert router.ranks(adapter)[0] == first
+        router.load(first, FREE)
+        assert router.ranks(adapter)[0] == second
+        router.load(first, 0)
+
+
+def test_the_others_follow_by_their_load(router: Router) -> None:
+    home = router.ranks("a")[0]
+    others = [name for name in NAMES if name != home]
+    router.load(others[0], 3)
+    router.load(others[1], 1)
+    assert router.ranks("a") == [home, others[1], others[0]]
+
+
+def test_base_requests_go_to_the_less_busy(router: Router) -> None:
+    router.load("one", 5)
+    router.load("two", 5)
+    counts = [router.route(None) for _ in range(100)]
+    # One of two that chance picks: the idle one whenever it is among them.
+    assert counts.count("three") > 35
+    assert router.routed == {"base": 100}
+    assert router.affinity == {}
+
+
+def test_places_are_counted_by_where_requests_went(router: Router) -> None:
+    home = router.route("a")
+    router.load(home, FREE)
+    router.route("a")
+    assert router.routed == {"home": 1, "spread": 1}
+
+
+def test_a_hit_is_a_request_whose_replica_has_its_adapter(router: Router) -> None:
+    home = router.ids[router.ranks("a")[0]]
+    for adapter in ("a", "a", "b", "a", "c", "b"):
+        router.on_request_routed(request(adapter), home, None)
+    # Of two that the device holds, "b" had made room for "c".
+    assert router.affinity == {"miss": 4, "hit": 2}
+
+
+def test_a_replica_that_goes_is_forgotten_and_its_adapters_move(router: Router) -> None:
+    home = router.route("a")
+    router.set([name for name in NAMES if name != home])
+    second = router.route("a")
+    assert second != home
+    assert router.affinity == {"miss": 2}
+    assert set(router.recent) == set(NAMES) - {home}
+    assert router.route("a") == second
+    assert router.affinity == {"miss": 2, "hit": 1}
+
+
+def test_requests_without_an_adapter_are_the_base_models() -> None:
+    assert adapter_of(None) is None
+    assert adapter_of(SimpleNamespace(args=[])) is None
+    assert adapter_of(SimpleNamespace(args=["other"])) is None
+    assert adapter_of(request("a")) == "a"

@@ -1,0 +1,119 @@
+"""The application on a Ray of its own, inside the test process: started, watched, taken down."""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import psutil
+
+from tests.servers import free_port
+
+APPLICATION = "parade"
+ADMIN = {"authorization": "Bearer secret"}
+START_TIMEOUT_S = 300
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "PARADE_ADMIN_KEY": "secret",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+    "VLLM_LOGGING_LEVEL": "INFO",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+    "OMP_NUM_THREADS": "1",
+}
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """An application that runs."""
+
+    url: str
+    metrics_url: str
+
+    def admin(self, method: str, route: str, body: dict[str, str] | None = None) -> httpx.Response:
+        """What an administrator's route answers."""
+        return httpx.request(method, f"{self.url}/v1/{route}", json=body, headers=ADMIN, timeout=90)
+
+    def load(self, name: str, path: str) -> httpx.Response:
+        return self.admin("POST", "load_parade_adapter", {"name": name, "path": path})
+
+    def unload(self, name: str) -> httpx.Response:
+        return self.admin("POST", "unload_parade_adapter", {"name": name})
+
+    def state(self) -> dict[str, Any]:
+        """Adapters and replicas, as the coordinator has them."""
+        response = self.admin("GET", "parade_adapters")
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    def names(self) -> set[str]:
+        return {adapter["name"] for adapter in self.state()["adapters"]}
+
+    def replicas(self) -> dict[str, int]:
+        """Process ids of the replicas, by name."""
+        return {replica["name"]: replica["pid"] for replica in self.state()["replicas"]}
+
+    def metrics(self) -> str:
+        return httpx.get(self.metrics_url, timeout=30).text
+
+
+def processes(title: str) -> list[psutil.Process]:
+    """Processes below this one that call themselves so."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if title in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def wait_until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
+    """The condition's value as soon as it is true; errors of a cluster that is changing count as not yet."""
+    end, last = time.monotonic() + seconds, None
+    while time.monotonic() < end:
+        try:
+            if value := condition():
+                return value
+        except (AssertionError, httpx.HTTPError, KeyError, ValueError) as error:
+            last = error
+        time.sleep(0.2)
+    raise AssertionError(f"not within {seconds} s: {what} ({last})")
+
+
+@contextmanager
+def cluster(**arguments: Any) -> Iterator[Cluster]:
+    """Ray on the loopback interface, with the application that these arguments build."""
+    import ray
+    from ray import serve
+
+    from vllm_parade.cluster.app import Arguments, build_app
+
+    before = dict(os.environ)
+    os.environ.update(ENVIRONMENT)
+    port, metrics_port = free_port(), free_port()
+    try:
+        ray.init(
+            num_cpus=8,
+            include_dashboard=False,
+            object_store_memory=100_000_000,
+            log_to_driver=False,
+            # Ray takes 127.0.0.1 for a request to use the machine's address in the network.
+            _node_ip_address="127.0.0.2",
+            _metrics_export_port=metrics_port,
+            _system_config={"metrics_report_interval_ms": 1000},
+        )
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        serve.run(build_app(Arguments(**arguments)), name=APPLICATION, route_prefix="/")
+        yield Cluster(f"http://127.0.0.1:{port}", f"http://127.0.0.2:{metrics_port}/metrics")
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+        os.environ.clear()
+        os.environ.update(before)

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The routing rule as Ray Serve's request router, and its counts.
+
+Serve pickles this module by value into every process that sends requests: it holds nothing but the class.
+"""
+
+from collections import OrderedDict
+
+from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
+from ray.util.metrics import Counter
+
+from vllm_parade.cluster.routing import AffinityRule
+
+
+class AffinityRouter(RequestRouter):
+    """Sends a request to the replica that `AffinityRule` chooses; loads are the queue lengths that Serve keeps.
+
+    The adapter is read from the request itself: Serve's multiplexed model ids are meant for models that replicas load
+    on demand, and its router keeps a list of them that only its own strategy empties.
+    """
+
+    def initialize_state(self, slots: int, resident: int) -> None:
+        """Called by Serve.
+
+        Args:
+            slots: requests that an engine runs at a time, vLLM's max_num_seqs
+            resident: adapters that an engine keeps on its device, --max-parades
+        """
+        self.slots, self.resident = slots, resident
+        self.rule: AffinityRule | None = None
+        # By replica, the adapters that were last sent there: those on its device, where this router is the only one.
+        self.recent: dict[str, OrderedDict[str, None]] = {}
+        tags = {"application": self.app_name}
+        self.routed = Counter(
+            "vllm_parade_routed",
+            "Requests by where they went: the adapter's first replica (home), one of its next (spread), another one "
+            "(elsewhere), or any for the base model (base).",
+            tag_keys=("application", "place"),
+        ).set_default_tags(tags)
+        self.affinity = Counter(
+            "vllm_parade_affinity",
+            "Requests under an adapter by whether their replica has the adapter from earlier ones (hit) or not (miss).",
+            tag_keys=("application", "result"),
+        ).set_default_tags(tags)
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        """The replica that gets a request, and, should it turn it down, the others by their load."""
+        if pending_request is not None:
+            pending_request.routing_context.should_backoff = True
+        loads = [self.replica_queue_len_cache.get(replica.replica_id) or 0 for replica in candidate_replicas]
+        rule = self._rule([replica.replica_id.unique_id for replica in candidate_replicas])
+        place = rule.choose(adapter_of(pending_request), loads)
+        chosen = candidate_replicas[place]
+        others = sorted(zip(loads, candidate_replicas, strict=True), key=lambda pair: pair[0])
+        return [[chosen], *([replica] for _, replica in others if replica is not chosen)]
+
+    def _rule(self, names: list[str]) -> AffinityRule:
+        if self.rule is None or self.rule.replicas != names:
+            self.rule = AffinityRule(names, self.slots)
+            self.recent = {name: self.recent.get(name, OrderedDict()) for name in names}
+        return self.rule
+
+    def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: object) -> None:
+        """Called by Serve when a replica has accepted a request: count it by where it went in the end."""
+        adapter, name = adapter_of(pending_request), replica_id.unique_id
+        if adapter is None:
+            self.routed.inc(tags={"place": "base"})
+            return
+        rule = self._rule([one.unique_id for one in self.curr_replicas])
+        order = [rule.replicas[place] for place in rule.order(adapter)]
+        place = "home" if name == order[0] else "spread" if name in order else "elsewhere"
+        self.routed.inc(tags={"place": place})
+        recent = self.recent.setdefault(name, OrderedDict())
+        self.affinity.inc(tags={"result": "hit" if adapter in recent else "miss"})
+        recent[adapter] = None
+        recent.move_to_end(adapter)
+        if len(recent) > self.resident:
+            recent.popitem(last=False)
+
+
+def adapter_of(pending_request: PendingRequest | None) -> str | None:
+    """Name of the adapter that a request asks for."""
+    return getattr(pending_request.args[0], "adapter", None) if pending_request and pending_request.args else None
