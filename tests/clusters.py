@@ -34,16 +34,39 @@ class Cluster:
 
     url: str
     metrics_url: str
+    arguments: dict[str, Any]
+
+    def run(self, replicas: int) -> None:
+        """Deploy it, as `serve deploy` does a YAML, with so many replicas; those that run go on."""
+        from ray import serve
+        from ray.serve.context import _get_global_client
+        from ray.serve.schema import DeploymentSchema, ServeApplicationSchema, ServeDeploySchema
+
+        application = ServeApplicationSchema(
+            name=APPLICATION,
+            import_path="vllm_parade.cluster.app:build_app",
+            args=self.arguments,
+            deployments=[DeploymentSchema(name="Replica", num_replicas=replicas)],
+        )
+        _get_global_client().deploy_apps(ServeDeploySchema(applications=[application]))
+
+        def running() -> bool:
+            status = serve.status().applications[APPLICATION]
+            assert status.status != "DEPLOY_FAILED", status.message
+            states = status.deployments["Replica"].replica_states
+            return status.status == "RUNNING" and states == {"RUNNING": replicas}
+
+        wait_until(running, START_TIMEOUT_S, f"{replicas} replicas run")
 
     def admin(self, method: str, route: str, body: dict[str, str] | None = None) -> httpx.Response:
         """What an administrator's route answers."""
         return httpx.request(method, f"{self.url}/v1/{route}", json=body, headers=ADMIN, timeout=90)
 
     def load(self, name: str, path: str) -> httpx.Response:
-        return self.admin("POST", "load_parade_adapter", {"name": name, "path": path})
+        return self.admin("POST", "load_parade_adapter", {"parade_name": name, "parade_path": path})
 
     def unload(self, name: str) -> httpx.Response:
-        return self.admin("POST", "unload_parade_adapter", {"name": name})
+        return self.admin("POST", "unload_parade_adapter", {"parade_name": name})
 
     def state(self) -> dict[str, Any]:
         """Adapters and replicas, as the coordinator has them."""
@@ -88,12 +111,10 @@ def wait_until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
 
 
 @contextmanager
-def cluster(**arguments: Any) -> Iterator[Cluster]:
+def cluster(replicas: int, **arguments: Any) -> Iterator[Cluster]:
     """Ray on the loopback interface, with the application that these arguments build."""
     import ray
     from ray import serve
-
-    from vllm_parade.cluster.app import Arguments, build_app
 
     before = dict(os.environ)
     os.environ.update(ENVIRONMENT)
@@ -110,8 +131,9 @@ def cluster(**arguments: Any) -> Iterator[Cluster]:
             _system_config={"metrics_report_interval_ms": 1000},
         )
         serve.start(http_options={"host": "127.0.0.1", "port": port})
-        serve.run(build_app(Arguments(**arguments)), name=APPLICATION, route_prefix="/")
-        yield Cluster(f"http://127.0.0.1:{port}", f"http://127.0.0.2:{metrics_port}/metrics")
+        app = Cluster(f"http://127.0.0.1:{port}", f"http://127.0.0.2:{metrics_port}/metrics", arguments)
+        app.run(replicas)
+        yield app
     finally:
         serve.shutdown()
         ray.shutdown()

@@ -32,7 +32,7 @@ def load(url: str, name: str) -> None:
     """Have an adapter served; when this returns, every replica has it."""
     response = httpx.post(
         f"{url}/load_parade_adapter",
-        json={"name": name, "path": str(ADAPTERS / name)},
+        json={"parade_name": name, "parade_path": str(ADAPTERS / name)},
         headers={"authorization": f"Bearer {os.environ.get('PARADE_ADMIN_KEY', '')}"},
         timeout=120,
     )

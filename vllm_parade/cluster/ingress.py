@@ -35,17 +35,17 @@ routes = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
 
 class LoadBody(BaseModel, extra="forbid"):
-    """What an administrator sends to have an adapter served."""
+    """What an administrator sends to have an adapter served, as vLLM's route for LoRA takes it."""
 
-    name: str
-    path: str
+    parade_name: str
+    parade_path: str
     base_model_name: str | None = None
 
 
 class UnloadBody(BaseModel, extra="forbid"):
     """What an administrator sends to have an adapter served no longer."""
 
-    name: str
+    parade_name: str
 
 
 def administrator(request: Request) -> None:
@@ -105,11 +105,12 @@ class Ingress:
 
     @routes.post("/v1/load_parade_adapter", dependencies=[Depends(administrator)])
     async def load_route(self, body: LoadBody) -> Response:
-        return await self._change(self.load(body.name, body.path, body.base_model_name), f"loaded {body.name!r}")
+        change = self.load(body.parade_name, body.parade_path, body.base_model_name)
+        return await self._change(change, f"loaded {body.parade_name!r}")
 
     @routes.post("/v1/unload_parade_adapter", dependencies=[Depends(administrator)])
     async def unload_route(self, body: UnloadBody) -> Response:
-        return await self._change(self.unload(body.name), f"unloaded {body.name!r}")
+        return await self._change(self.unload(body.parade_name), f"unloaded {body.parade_name!r}")
 
     @routes.get("/v1/parade_adapters", dependencies=[Depends(administrator)])
     async def adapters_route(self) -> Response:
