@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The application on a real Ray with two real engines, asked with the official client and compared with one engine.
 
-The tests run in this order on one application: the later ones end processes of it.
+The tests run in this order on one application: the later ones end processes of it. They stand in one file, since the
+application takes more than a minute to start.
 """
 
 import asyncio

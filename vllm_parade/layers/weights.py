@@ -59,7 +59,7 @@ class SlotWeights:
             for slot in self._read_by_last_step:
                 self._last_read[slot] = queued
         self._read_by_last_step = read
-        with torch.cuda.stream(self._copies):
+        with torch.cuda.stream(self._copies if adapters else None):
             for slot, packed in adapters.items():
                 event = self._last_read[slot]
                 if event is not None:
@@ -76,15 +76,13 @@ class SlotWeights:
         The copies wait until the step has its inputs, and so for the steps before it. They are large, and inputs,
         small, would stand behind them on their way to the device, with the whole step.
         """
-        if self._copies is None:
+        if not adapters:
+            return
+        if self._copies is not None:
+            self._copies.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._copies):
             for slot, packed in adapters.items():
                 self._copy(slot, packed)
-            return
-        if adapters:
-            self._copies.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._copies):
-                for slot, packed in adapters.items():
-                    self._copy(slot, packed)
 
     def _copy(self, slot: int, packed: PackedGenerators) -> None:
         self.flat[slot, : len(packed.flat)].copy_(packed.flat, non_blocking=True)
