@@ -107,9 +107,12 @@ class Adjusted:
             layer.bind(self.weights, number)
 
     def run(self, index, hidden, residual=None):
-        context = SimpleNamespace(no_compile_layers=self.context, cudagraph_runtime_mode=CUDAGraphMode.NONE)
-        with override_forward_context(context):
+        with self.forward_context():
             return self.model.layers[index](hidden, residual)
+
+    def forward_context(self):
+        context = SimpleNamespace(no_compile_layers=self.context, cudagraph_runtime_mode=CUDAGraphMode.NONE)
+        return override_forward_context(context)
 
     def activate(self, adapter, slot=0):
         shards = [layer.shard(adapter, SHAPE) for layer in self.layers]
@@ -197,16 +200,19 @@ def test_all_five_sites_have_their_columns():
 
 def test_a_layer_that_splits_otherwise_is_told():
     adjusted = Adjusted()
-    parts = adjusted.model.layers[0].self_attn.qkv_proj(hidden_states())[0]
+    with adjusted.forward_context():
+        parts = adjusted.model.layers[0].self_attn.qkv_proj(hidden_states())[0]
     with pytest.raises(AssertionError, match=r"split into \[8, 8, 16\]"):
         parts.split([8, 8, 16], dim=-1)
 
 
-def test_a_projection_without_sites_has_no_hook():
-    adjusted = Adjusted(("up",))
-    attention = adjusted.model.layers[0].self_attn
-    assert not attention.qkv_proj._forward_hooks
-    assert adjusted.model.layers[0].mlp.gate_up_proj._forward_hooks
+def test_a_projection_without_sites_is_left_alone():
+    adjusted = Adjusted(("q", "v"))
+    assert not adjusted.model.layers[0].mlp.gate_up_proj._forward_hooks
+    adjusted, hidden = Adjusted(("up",)), hidden_states()
+    with adjusted.forward_context():
+        output = adjusted.model.layers[0].self_attn.qkv_proj(hidden)[0]
+    assert torch.equal(output, adjusted.plain.layers[0].self_attn.qkv_proj(hidden)[0])
 
 
 @pytest.mark.parametrize("with_residual", [False, True])

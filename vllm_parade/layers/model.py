@@ -55,7 +55,7 @@ def adjust_model(
         shards = {shard.name: shard for shard in (*qkv_shards(qkv), *gate_up_shards(gate_up))}
         index = int(name.rsplit(".", 1)[-1])
         layer = ParadeLayer(index, [shards[site] for site in sites], num_rows, batch, device, dtype)
-        _hook_norm(module.input_layernorm, layer)
+        _hook_generator(module.input_layernorm, qkv, layer)
         _hook_projection(qkv, qkv_shards(qkv), layer, _scale_parts)
         _hook_projection(gate_up, gate_up_shards(gate_up), layer, _scale_output)
         layers.append(layer)
@@ -65,15 +65,21 @@ def adjust_model(
     return layers
 
 
-def _hook_norm(norm: Any, layer: ParadeLayer) -> None:
-    norm.register_buffer("parade_table", layer.table, persistent=False)
-    norm.register_forward_hook(_generate_vectors)
+def _hook_generator(norm: Any, qkv: Any, layer: ParadeLayer) -> None:
+    """Begin behind the norm, and be done when the first projection is: its output is what vectors scale first."""
+    for module, hook in ((norm, _generate_vectors), (qkv, _await_vectors)):
+        module.register_buffer("parade_table", layer.table, persistent=False)
+        module.register_forward_hook(hook)
 
 
 def _generate_vectors(norm: Any, args: tuple[Tensor, ...], output: Tensor | tuple[Tensor, Tensor]) -> None:
     # The fused add-norm returns the residual stream beside its output; the model's first norm gets it as its input.
     attention_input, layer_input = output if isinstance(output, tuple) else (output, args[0])
     torch.ops.vllm.parade_generate(layer_input, attention_input, norm.parade_table)
+
+
+def _await_vectors(qkv: Any, args: tuple[Tensor, ...], output: Any) -> None:
+    torch.ops.vllm.parade_join(args[0], qkv.parade_table)
 
 
 def _hook_projection(projection: Any, shards: list[SiteShard], layer: ParadeLayer, hook: Callable[..., Any]) -> None:
@@ -91,8 +97,10 @@ def _vectors(projection: Any, num_tokens: int) -> Iterator[tuple[int, Tensor | N
     """For every part of a projection's output its width and each token's own row [tokens, width], if it is scaled."""
     rows: Tensor = projection.parade_token_rows[:num_tokens]
     for width, column in projection.parade_parts:
+        # Rows are valid by construction: a check of every index would part the loads of a fused kernel by a barrier.
         scaled = column is not None
-        yield width, projection.parade_table[:, column : column + width].index_select(0, rows) if scaled else None
+        part = projection.parade_table[:, column : column + width] if scaled else None
+        yield width, torch.ops.aten._unsafe_index(part, [rows]) if scaled else None
 
 
 class ScaledParts:
