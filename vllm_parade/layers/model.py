@@ -100,7 +100,7 @@ def _vectors(projection: Any, num_tokens: int) -> Iterator[tuple[int, Tensor | N
         # Rows are valid by construction: a check of every index would part the loads of a fused kernel by a barrier.
         scaled = column is not None
         part = projection.parade_table[:, column : column + width] if scaled else None
-        yield width, torch.ops.aten._unsafe_index(part, [rows]) if scaled else None
+        yield width, torch.ops.aten._unsafe_index.Tensor(part, [rows]) if scaled else None
 
 
 class ScaledParts:
