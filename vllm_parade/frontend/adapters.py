@@ -51,8 +51,9 @@ def with_argument(
 class AdapterRegistry:
     """What the front end knows of the adapters in the workers' host memory.
 
-    The front end decides what is read and what makes room for it, so that every worker of a tensor parallel group does
-    the same. Adapters of requests that may still run are never evicted.
+    The front end decides what is read and what makes room for it, so that all workers do the same. Whatever
+    makes room is forgotten only when all of them have read the new one. Adapters of requests that may still run are
+    never evicted.
     """
 
     def __init__(self, config: ServingConfig) -> None:
@@ -60,6 +61,8 @@ class AdapterRegistry:
         self.lock = asyncio.Lock()
         self._hashes: OrderedDict[AdapterKey, str] = OrderedDict()
         self._in_use: set[AdapterKey] = set()
+        # Content hashes of what workers hold in vain, until they have been told.
+        self.stale: set[str] = set()
         # Requests that have their adapter and that the engine does not count as unfinished yet.
         self.arriving = 0
         self._pinned: set[AdapterKey] = set()
@@ -117,24 +120,22 @@ class AdapterRegistry:
         Raises:
             VLLMValidationError: the adapter cannot be used; nothing has changed.
         """
-        for answer in answers:
-            if not answer["ok"]:
-                raise VLLMValidationError(f"adapter {request.parade_name!r}: {answer['error']}")
-        hashes = {answer["content_hash"] for answer in answers}
-        if len(hashes) != 1:
-            raise VLLMValidationError(
-                f"adapter {request.parade_name!r}: workers read different files in {request.path}"
-            )
-        for key in evicted:
-            del self._hashes[key]
-        self._hashes[_key(request)] = hashes.pop()
+        held = {answer["content_hash"] for answer in answers if answer["ok"]}
+        errors = [answer["error"] for answer in answers if not answer["ok"]]
+        if not errors and len(held) > 1:
+            errors = [f"workers read different files in {request.path}"]
+        if errors:
+            self._note_stale(held)
+            raise VLLMValidationError(f"adapter {request.parade_name!r}: {errors[0]}")
+        left = {self._hashes.pop(key) for key in evicted}
+        self._hashes[_key(request)] = held.pop()
+        self._note_stale(left)
         self._in_use.add(_key(request))
         logger.info("Loaded PARADE adapter %r from %s", request.parade_name, request.parade_path)
 
-    def load_arguments(self, request: ParadeRequest, evicted: list[AdapterKey]) -> tuple[str, list[str]]:
-        """Arguments of the workers' `parade_add`: the folder to read, and what they may forget afterwards."""
-        kept = {content for key, content in self._hashes.items() if key not in evicted}
-        return request.parade_path, [self._hashes[key] for key in evicted if self._hashes[key] not in kept]
+    def _note_stale(self, content_hashes: set[str]) -> None:
+        # The same content may be resident under another name.
+        self.stale = (self.stale | content_hashes) - set(self._hashes.values())
 
     def pin(self, request: ParadeRequest) -> None:
         """Keep an adapter until it is unpinned."""
@@ -156,8 +157,13 @@ def add_request(wrapped: Callable[..., Any], instance: "LLMEngine", args: tuple,
         registry = AdapterRegistry.of(instance.input_processor)
         if not registry.use(request, engine_is_idle=not instance.has_unfinished_requests()):
             evicted = registry.make_room()
-            answers = instance.collective_rpc("parade_add", args=registry.load_arguments(request, evicted))
-            registry.commit(request, evicted, answers)
+            answers = instance.collective_rpc("parade_add", args=(request.parade_path,))
+            try:
+                registry.commit(request, evicted, answers)
+            finally:
+                if registry.stale:
+                    instance.collective_rpc("parade_forget", args=(sorted(registry.stale),))
+                    registry.stale.clear()
     return wrapped(*args, **kwargs)
 
 
@@ -172,8 +178,13 @@ async def load_adapter(engine: "AsyncLLM", request: ParadeRequest) -> None:
         if registry.use(request, engine_is_idle=not engine.output_processor.has_unfinished_requests()):
             return
         evicted = registry.make_room()
-        answers = await engine.collective_rpc("parade_add", args=registry.load_arguments(request, evicted))
-        registry.commit(request, evicted, answers)
+        answers = await engine.collective_rpc("parade_add", args=(request.parade_path,))
+        try:
+            registry.commit(request, evicted, answers)
+        finally:
+            if registry.stale:
+                await engine.collective_rpc("parade_forget", args=(sorted(registry.stale),))
+                registry.stale.clear()
 
 
 async def add_request_async(

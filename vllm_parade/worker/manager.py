@@ -53,8 +53,8 @@ class ParadeManager:
         layers[0].warm_up()
         self.slots = AdapterSlots(layers, self.shape, weights)
 
-    def add_adapter(self, path: str, evicted: Sequence[str]) -> dict[str, Any]:
-        """Read an adapter into host memory, then forget others.
+    def add_adapter(self, path: str) -> dict[str, Any]:
+        """Read an adapter into host memory.
 
         Returns:
             {"ok": True, "content_hash": ...} or {"ok": False, "error": ...}: an exception on one rank alone would leave
@@ -68,10 +68,12 @@ class ParadeManager:
         except Exception as error:
             logger.exception("Loading the adapter in %s failed", path)
             return {"ok": False, "error": f"{path}: {type(error).__name__}: {error}"}
-        for content_hash in evicted:
-            if content_hash != adapter.content_hash:
-                self.slots.remove(content_hash)
         return {"ok": True, "content_hash": adapter.content_hash}
+
+    def forget_adapters(self, content_hashes: Sequence[str]) -> None:
+        """Free the host memory of adapters; those that were never read are passed over."""
+        for content_hash in content_hashes:
+            self.slots.remove(content_hash)
 
     def prepare(self, plan: StepPlan, request_ids: Sequence[str], num_tokens: Mapping[str, int]) -> None:
         """Fill the batch metadata for a step.

@@ -22,6 +22,10 @@ class ParadeWorkerMixin(Base):
         runner_class = type(self.model_runner)
         self.model_runner.__class__ = type(f"Parade{runner_class.__name__}", (mixin, runner_class), {})
 
-    def parade_add(self, path: str, evicted: list[str]) -> dict[str, Any]:
+    def parade_add(self, path: str) -> dict[str, Any]:
         """Remote call: read an adapter; see ParadeManager.add_adapter."""
-        return self.model_runner.parade.add_adapter(path, evicted)
+        return self.model_runner.parade.add_adapter(path)
+
+    def parade_forget(self, content_hashes: list[str]) -> None:
+        """Remote call: free the host memory of adapters that no request uses."""
+        self.model_runner.parade.forget_adapters(content_hashes)
