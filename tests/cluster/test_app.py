@@ -35,6 +35,10 @@ def arguments(**given: Any) -> Arguments:
             {"engine": {"tensor_parallel_size": 4}, "replica_options": {"num_gpus": 1}},
             "num_gpus is 1, but engine.tensor_parallel_size is 4; give a replica 4 GPUs",
         ),
+        (
+            {"engine": {"tensor_parallel_size": 2, "pipeline-parallel-size": 2}, "replica_options": {"num_gpus": 2}},
+            "but engine.tensor_parallel_size times engine.pipeline_parallel_size is 4; give a replica 4 GPUs",
+        ),
         ({"adapters": ["sst2"]}, "expected name=path"),
         ({"adapters": [f"some/model={SST2}"]}, "adapters names 'some/model', which is the base model's name"),
     ],

@@ -140,6 +140,10 @@ class TestBadAdapters:
         ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "--scheduler-cls"),
         ({"worker_cls": "mine.Worker"}, "--worker-cls mine.Worker"),
         ({"data_parallel_size": 2}, "--data-parallel-size"),
+        (
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}, "pipeline_parallel_size": 2},
+            "--speculative-config with --pipeline-parallel-size",
+        ),
         ({"runner": "pooling"}, "--runner pooling"),
         (
             {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
@@ -173,7 +177,6 @@ def test_refuses_other_architectures(engine_config, hf_config, tmp_path):
 @pytest.mark.parametrize(
     ("section", "field", "value", "flag"),
     [
-        ("parallel_config", "pipeline_parallel_size", 2, "--pipeline-parallel-size"),
         ("parallel_config", "enable_dbo", True, "--enable-dbo"),
         ("parallel_config", "_api_process_count", 2, "--api-server-count"),
         ("model_config", "enable_sleep_mode", True, "--enable-sleep-mode"),

@@ -54,7 +54,7 @@ class Engine:
     scheduler: ParadeScheduler
     in_flight: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = field(default_factory=deque)
     pipeline: int = 0
-    """Steps that are planned before the first of them has run (asynchronous scheduling: 1)."""
+    """Steps that are planned before the first of them has run: stages but one, and asynchronous scheduling one more."""
     plan: StepPlan | None = None
     """Of the last step."""
 
@@ -127,6 +127,7 @@ def make_engine(tmp_path):
         max_num_seqs=4,
         blocks=1000,
         pipeline=0,
+        stages=1,
         vector_cache=0,
         overtaking=False,
         log_stats=False,
@@ -140,6 +141,7 @@ def make_engine(tmp_path):
             max_num_batched_tokens=step_tokens,
             max_num_seqs=max_num_seqs,
             max_model_len=256,
+            pipeline_parallel_size=stages,
             **options,
         ).create_engine_config()
         vllm_config.cache_config.num_gpu_blocks = blocks
@@ -148,7 +150,7 @@ def make_engine(tmp_path):
                 ["layer"], FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=32, dtype=torch.float32)
             )
         ]
-        scheduler_class = ParadeAsyncScheduler if pipeline else ParadeScheduler
+        scheduler_class = ParadeAsyncScheduler if pipeline == stages else ParadeScheduler
         scheduler = (with_overtaking(scheduler_class) if overtaking else scheduler_class)(
             vllm_config=vllm_config,
             kv_cache_config=KVCacheConfig(blocks, kv_cache_tensors=[], kv_cache_groups=groups),
@@ -157,6 +159,8 @@ def make_engine(tmp_path):
             hash_block_size=BLOCK,
             log_stats=log_stats,
         )
+        # Both at once is for model runner V2, for which a request's next token waits until the stages are through.
+        scheduler.use_v2_model_runner = stages > 1 and pipeline == stages
         return Engine(scheduler, pipeline=pipeline)
 
     return make

@@ -36,11 +36,12 @@ SIZES = st.fixed_dictionaries(
         "blocks": st.sampled_from([8, 10, 14, 1000]),
         "vector_cache": st.integers(0, 2),
         "max_parades": st.integers(1, 3),
-        "pipeline": st.integers(0, 1),
         "scheduling_policy": st.sampled_from(["fcfs", "priority"]),
         "overtaking": st.booleans(),
     }
 )
+# Pipeline stages and steps planned ahead, with asynchronous scheduling and without.
+DEPTH = st.sampled_from([{"stages": stages, "pipeline": stages - 1 + more} for stages in (1, 2, 3) for more in (0, 1)])
 
 
 class Simulation:
@@ -115,9 +116,9 @@ class Simulation:
 @settings(
     max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
-@given(sizes=SIZES, events=SCENARIO)
-def test_nobody_reads_what_is_anothers(make_engine, sizes, events):
-    simulation = Simulation(make_engine(**sizes))
+@given(sizes=SIZES, depth=DEPTH, events=SCENARIO)
+def test_nobody_reads_what_is_anothers(make_engine, sizes, depth, events):
+    simulation = Simulation(make_engine(**sizes, **depth))
     for event, *arguments in events:
         getattr(simulation, event)(*arguments)
     # In the end everybody is served: nothing is stuck.

@@ -223,6 +223,20 @@ def test_asynchronous_scheduling_plans_ahead_with_the_same_row(make_engine):
     )
 
 
+@pytest.mark.parametrize("pipeline", [1, 2])
+def test_stages_hold_a_row_until_its_last_step_has_answered(make_engine, pipeline):
+    """With one seat, b waits while steps of a are under way; those of b come after them on every stage."""
+    engine = make_engine(step_tokens=8, max_num_seqs=1, stages=2, pipeline=pipeline)
+    engine.add("a", 5, "A", max_tokens=2)
+    engine.add("b", 6, "B")
+    lines = [engine.step() for _ in range(8)]
+    scheduled = [line[0] for line in lines if line[0]]
+    assert scheduled[:3] == [{"a": 5}, {"a": 1}, {"b": 6}]
+    assert all(line[3] in ({"a": 1}, {"b": 1}, {}) for line in lines)
+    # A request's next token waits for the stage that knows the last one.
+    assert lines[1][0] == {}
+
+
 def test_base_requests_alone_have_an_empty_plan(make_engine):
     engine = make_engine(step_tokens=8)
     engine.add("a", 12)

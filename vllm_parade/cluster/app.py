@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """PARADE on Ray Serve: the application, from code (`serve.run(build_app(arguments))`) or from YAML (`serve run`)."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ class Arguments(BaseModel, extra="forbid"):
     autoscaling: dict[str, Any] | None = None
     """Serve's autoscaling_config, instead of `replicas`."""
     replica_options: dict[str, Any] = Field(default_factory=dict)
-    """Ray's options of a replica: num_cpus, num_gpus (the tensor parallel size), resources, runtime_env."""
+    """Ray's options of a replica: num_cpus, num_gpus (tensor times pipeline parallel size), resources, runtime_env."""
     placement_group_bundles: list[dict[str, float]] | None = None
     """Resources of a replica that spans machines; the first bundle is the replica's own process."""
     placement_group_strategy: str | None = None
@@ -75,12 +76,12 @@ class Arguments(BaseModel, extra="forbid"):
     def _check(self) -> "Arguments":
         if self.autoscaling is not None and "replicas" in self.model_fields_set:
             raise ValueError(f"replicas is {self.replicas}, but autoscaling is given too; drop one of them")
-        gpus, size = self.replica_options.get("num_gpus", 0), self.engine.get("tensor_parallel_size", 1)
+        gpus = self.replica_options.get("num_gpus", 0)
+        sizes = ("tensor_parallel_size", "pipeline_parallel_size")
+        size = math.prod(int(self.engine.get(name, 1)) for name in sizes)
         if gpus and gpus < size and not self.placement_group_bundles:
-            raise ValueError(
-                f"replica_options.num_gpus is {gpus}, but engine.tensor_parallel_size is {size}; "
-                f"give a replica {size} GPUs"
-            )
+            given = " times ".join(f"engine.{name}" for name in sizes if name in self.engine)
+            raise ValueError(f"replica_options.num_gpus is {gpus}, but {given} is {size}; give a replica {size} GPUs")
         names = [module.name for module in self.adapters]
         for name in self.base_names:
             if name in names:

@@ -163,9 +163,9 @@ def _unsupported(vllm_config: "VllmConfig") -> list[tuple[str, bool, str]]:
             "one front end must know all adapters that the workers hold; leave it at 1",
         ),
         (
-            "--pipeline-parallel-size",
-            parallel.pipeline_parallel_size > 1,
-            "not supported yet; use --tensor-parallel-size",
+            "--speculative-config with --pipeline-parallel-size",
+            speculative is not None and parallel.pipeline_parallel_size > 1,
+            "not tried yet; drop one of them",
         ),
         (
             "--kv-transfer-config",

@@ -60,7 +60,7 @@ def adjust_model(
         _hook_projection(gate_up, gate_up_shards(gate_up), layer, _scale_output)
         layers.append(layer)
     if not layers:
-        raise UnsupportedModelError("the model has no decoder layer with input_layernorm, self_attn and mlp")
+        raise UnsupportedModelError("this worker has no decoder layer with input_layernorm, self_attn and mlp")
     forward_context[LAYERS_KEY] = {layer.table.data_ptr(): layer for layer in layers}
     return layers
 
@@ -73,7 +73,8 @@ def _hook_generator(norm: Any, qkv: Any, layer: ParadeLayer) -> None:
 
 
 def _generate_vectors(norm: Any, args: tuple[Tensor, ...], output: Tensor | tuple[Tensor, Tensor]) -> None:
-    # The fused add-norm returns the residual stream beside its output; the model's first norm gets it as its input.
+    # The fused add-norm returns the residual stream beside its output, also in the first layer of a later stage of a
+    # pipeline; the model's first norm gets it as its input.
     attention_input, layer_input = output if isinstance(output, tuple) else (output, args[0])
     torch.ops.vllm.parade_generate(layer_input, attention_input, norm.parade_table)
 
