@@ -14,28 +14,16 @@ import torch
 from base_model import base_model
 from benchmarks.models import make_random_llama
 from tests.adapters import VARIANTS, make_adapter
+from tests.interpreter import INTERPRETED, install
 from tests.oracle import Oracle
 from tests.tasks import write_sst2
 from vllm_parade import ParadeRequest
 from vllm_parade.adapter import BaseModelShape
 
 ROOT = Path(__file__).parent.parent
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-
-class _InterpreterBackend:
-    """What Triton must see to count a CPU as a device: vLLM then takes model runner V2."""
-
-    class driver:
-        @staticmethod
-        def is_active() -> bool:
-            return True
-
 
 if INTERPRETED:
-    import triton.backends
-
-    triton.backends.backends["cpu"] = _InterpreterBackend
+    install()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

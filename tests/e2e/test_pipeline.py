@@ -1,0 +1,91 @@
+"""Two stages, each with a part of the layers, and steps under way in both: planned before the last one has answered."""
+
+import os
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.adapters import INNER, make_adapter
+from tests.engines import engine, greedy, prompts
+from tests.interpreter import INTERPRETED
+from tests.oracle import Oracle
+from vllm_parade import ParadeRequest
+from vllm_parade.adapter import SITES, BaseModelShape
+
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.device_count() < 2, reason="needs two GPUs, or none"),
+]
+
+# Too few rows, slots, tokens and blocks: requests wait, are preempted, and take over rows of those that have ended.
+TIGHT: dict[str, Any] = {
+    "pipeline_parallel_size": 2,
+    "enable_parade": True,
+    "parade_sites": SITES,
+    "skip_tokenizer_init": True,
+    "max_num_seqs": 6,
+    "max_num_batched_tokens": 128,
+    "max_model_len": 192,
+    "block_size": 32,
+    "max_parades": 1,
+    "max_cpu_parades": 4,
+    "parade_vector_cache": 1,
+}
+
+
+@pytest.fixture
+def adapters(tiny: str, tmp_path: Path) -> list[ParadeRequest]:
+    from transformers import AutoConfig
+
+    shape = BaseModelShape.from_hf_config(AutoConfig.from_pretrained(tiny))
+    kinds: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "five": {"sites": SITES, "r": 8, "num_capsules": 2},
+        "attention": {"generator_input": "attention_input"},
+        # The first of the second stage, and none of the first.
+        "last_layer": {"layers_to_transform": (2,), "sites": ("q", "v")},
+    }
+    return [
+        make_adapter(tmp_path / name, shape, seed, inner=INNER, **kind)
+        for seed, (name, kind) in enumerate(kinds.items())
+    ]
+
+
+@pytest.fixture(autouse=True)
+def processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What engine core and workers, which are processes of their own, find in their environment."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    if INTERPRETED:
+        (tmp_path / "sitecustomize.py").write_text("import tests.interpreter\n\ntests.interpreter.install()\n")
+        path = [str(tmp_path), str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
+
+
+def check(model: str, lengths: list[int], tokens: int, adapters: list[ParadeRequest], **options: Any) -> None:
+    """Every prompt twice, so that its vectors may be there already, or on their way."""
+    asked = [prompt for prompt in prompts(lengths, vocab=512) for _ in range(2)]
+    users = islice(cycle([*adapters, None]), len(lengths))
+    requests = [user for user in users for _ in range(2)]
+    with engine(model, **TIGHT, **options) as llm:
+        assert llm.llm_engine.vllm_config.max_concurrent_batches > 1
+        outputs = llm.generate(asked, greedy(tokens, detokenize=False), parade_request=requests, use_tqdm=False)
+        preemptions = [metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions"]
+    assert sum(preemptions) > 0
+    Oracle(model).check(outputs, requests)
+
+
+@pytest.mark.parametrize("tiny", [2], ids=["kv2"], indirect=True)
+def test_two_stages(tiny: str, adapters: list[ParadeRequest]) -> None:
+    lengths = [1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 120, 100, 16, 17, 31, 32, 33, 64, 65, 1, 48, 47, 80, 7]
+    # vLLM's CPU worker makes the buffers that a later stage receives into when it warms up: for compiled models only.
+    check(tiny, lengths, 40, adapters, num_gpu_blocks_override=16, enforce_eager=False)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("tiny", [2], ids=["kv2"], indirect=True)
+def test_two_stages_under_model_runner_v2(tiny: str, adapters: list[ParadeRequest]) -> None:
+    check(tiny, [40, 50, 60, 30, 45, 55], 30, adapters, num_gpu_blocks_override=8)
