@@ -60,7 +60,9 @@ class Settings:
 
 
 # What GPUs (or CPUs) call what they tell each other.
-COLLECTIVE = re.compile(r"nccl|gloo:|shm_all|all_?reduce|all_?gather|reduce_?scatter|broadcast_?kernel", re.IGNORECASE)
+COLLECTIVE = re.compile(
+    r"nccl|gloo:|shm_(all|send|recv)|all_?reduce|all_?gather|reduce_?scatter|broadcast_?kernel", re.IGNORECASE
+)
 
 
 class WorkerExtension:
@@ -72,7 +74,7 @@ class WorkerExtension:
         self.recorded.start()
 
     def stop_profile_of_collectives(self) -> dict[str, int]:
-        """How often each collective operation ran on the device, by name."""
+        """How often each collective operation ran on the device, and each exchange between stages, by name."""
         self.recorded.stop()
         device = torch.profiler.DeviceType.CUDA if torch.cuda.is_available() else torch.profiler.DeviceType.CPU
         names = [event.name for event in self.recorded.events() if event.device_type == device]
