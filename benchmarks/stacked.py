@@ -2,19 +2,21 @@
 """Adapters of one shape trained side by side: many runs of a study for the price of one.
 
 A small model's training step waits for its kernels' launches, whatever the batch. So runs that differ in seed, learning
-rate or data share a step: run g owns the rows [g * rows, (g + 1) * rows) of the batch and the g-th slice of every
-parameter. The mathematics is the tuner's (`ops.reference.generate` under `vmap`), and `export` gives PEFT's state dict.
+rate or data share a step: run g owns the rows [g * rows, (g + 1) * rows) of the batch and the g-th row of `flat`, which
+holds every parameter of every layer, so that Adam is a few kernels. The mathematics is the tuner's
+(`ops.reference.generate` under `vmap`), and `export` gives PEFT's state dict.
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from vllm_parade.adapter.weights import TENSOR_ATTRIBUTES, BaseModelShape, GeneratorWeights, initial_generator
 from vllm_parade.ops.reference import generate
@@ -38,6 +40,59 @@ class Hyperparameters:
     """Of down projection and pooler, as a multiple of the usual."""
 
 
+class Pair(NamedTuple):
+    """A prompt and its response."""
+
+    ids: Tensor
+    prompt: int
+    """How many of the ids are the prompt's."""
+
+
+class Batch(NamedTuple):
+    """Pairs of all runs, those of each run together."""
+
+    ids: Tensor
+    """[runs * rows, tokens], padded on the right: causal attention needs no mask then."""
+    instruction: Tensor
+    """What generators read, [runs * rows, tokens] bool."""
+    places: Tensor
+    """Of the positions, counted through the whole batch, those that predict a response's token, [runs, learnt]."""
+    targets: Tensor
+    """What they predict, [runs, learnt]; padded with IGNORED_LABEL."""
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(*(tensor.to(device) for tensor in self))
+
+    def widen(self, learnt: int) -> "Batch":
+        """The same with that many places for each run."""
+        missing = (0, learnt - self.places.shape[1])
+        targets = F.pad(self.targets, missing, value=IGNORED_LABEL)
+        return self._replace(places=F.pad(self.places, missing), targets=targets)
+
+
+def collate(pairs: Sequence[Pair], runs: int, multiple: int = 1) -> Batch:
+    """Pad pairs to a multiple of so many tokens."""
+    starts, ends = (
+        torch.tensor(sizes)[:, None] for sizes in zip(*((p.prompt, len(p.ids)) for p in pairs), strict=True)
+    )
+    ids = pad_sequence([pair.ids for pair in pairs], batch_first=True)
+    ids = F.pad(ids, (0, -ids.shape[1] % multiple))
+    position = torch.arange(ids.shape[1])
+    learnt = ((position >= starts - 1) & (position < ends - 1)).flatten().chunk(runs)
+    places = [run * len(part) + part.nonzero().flatten() for run, part in enumerate(learnt)]
+    following = ids.roll(-1, dims=1).flatten()
+    targets = pad_sequence([following[part] for part in places], batch_first=True, padding_value=IGNORED_LABEL)
+    return Batch(ids, position < starts, pad_sequence(places, batch_first=True), targets)
+
+
+def fuse_norms(base: Any) -> None:
+    """Give every RMS norm of a base model PyTorch's own kernel, one instead of eight."""
+    for module in base.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            options = {"weight": module.weight, "eps": module.variance_epsilon}
+            module.forward = partial(F.rms_norm, normalized_shape=list(module.weight.shape), **options)
+
+
 class Stack:
     """The adapters of a stack, hooked into a frozen base model of the LLaMA family."""
 
@@ -45,16 +100,33 @@ class Stack:
         self.base, self.method, self.runs = base, method, runs
         self.config = peft_config(method, settings)
         self.shape = BaseModelShape.from_hf_config(base.config)
-        self.parameters: dict[str, Tensor] = {}
-        self.mask: Tensor
-        self.vectors: dict[int, Tensor] = {}
-        self.shift = 0
+        self.device = next(base.parameters()).device
+        self.vectors: dict[int, tuple[Tensor, ...]] = {}
+        self._initial: dict[str, Tensor] = {}
         self._handles: list[Any] = []
         for parameter in base.parameters():
             parameter.requires_grad_(False)
         {"parade": self._add_parade, "lora": self._add_lora, "ia3": self._add_ia3}[method]()
-        self._moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in self.parameters.items()}
-        self._steps = 0
+        shapes = {name: values.shape for name, values in self._initial.items()}
+        self._shapes, self.sizes = shapes, [shape[1:].numel() for shape in shapes.values()]
+        self.flat = torch.cat([values.flatten(1) for values in self._initial.values()], dim=1).to(self.device)
+        self.flat.requires_grad_()
+        self._initial.clear()
+        self._rates = torch.cat(
+            [self._rate(name).expand(-1, size) for name, size in zip(shapes, self.sizes, strict=True)], dim=1
+        ).to(self.device)
+        self._moments = torch.zeros_like(self.flat), torch.zeros_like(self.flat)
+        self._steps = torch.zeros((), device=self.device)
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """All runs' parameters under PEFT's names, [runs, ...]: parts of `flat`."""
+        return self._split(self.flat.detach())
+
+    def forget(self) -> None:
+        """Begin Adam anew."""
+        for tensor in (*self._moments, self._steps):
+            tensor.zero_()
 
     def remove(self) -> None:
         """Give the base model back."""
@@ -66,11 +138,17 @@ class Stack:
         return {name: parameter[run].detach().clone() for name, parameter in self.parameters.items()}
 
     def _parameter(self, name: str, values: Sequence[Tensor]) -> None:
-        device = next(self.base.parameters()).device
-        self.parameters[f"base_model.model.{name}"] = torch.stack(list(values)).to(device).requires_grad_()
+        self._initial[f"base_model.model.{name}"] = torch.stack(list(values))
+
+    def _split(self, flat: Tensor) -> dict[str, Tensor]:
+        parts = zip(self._shapes.items(), flat.split(self.sizes, dim=1), strict=True)
+        return {name: part.view(shape) for (name, shape), part in parts}
+
+    def _rate(self, name: str) -> Tensor:
+        return torch.tensor([[run.lr * (run.bias_lr if name.endswith("up.bias") else 1)] for run in self.runs])
 
     def _get(self, name: str) -> Tensor:
-        return self.parameters[f"base_model.model.{name}"]
+        return self._weights[f"base_model.model.{name}"]
 
     # The methods.
 
@@ -87,32 +165,32 @@ class Stack:
             layer = self.base.get_submodule(path)
             norm = layer.get_submodule(layout.norm)
             self._handles.append(norm.register_forward_hook(partial(self._generate, index, path)))
-            for site in config.sites:
+            for place, site in enumerate(config.sites):
                 projection = layer.get_submodule(layout.sites[site].projection)
-                self._handles.append(projection.register_forward_hook(partial(self._scale, index, site)))
+                self._handles.append(projection.register_forward_hook(partial(self._scale, index, place)))
 
     def _generate(self, index: int, path: str, norm: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
         config, runs = self.config.adapter_config(), len(self.runs)
         hidden = args[0] if config.generator_input == "layer_input" else output
         # A later step of an answer keeps the vectors of its prompt.
-        if hidden.shape[1] != self.mask.shape[1]:
+        if hidden.shape[1] != self.instruction.shape[1]:
             return
         prefix = f"base_model.model.{path}.parade_generator."
-        names = [name for name in TENSOR_ATTRIBUTES if prefix + name in self.parameters]
-        tensors = [self.parameters[prefix + name].to(hidden.dtype) for name in names]
+        names = [name for name in TENSOR_ATTRIBUTES if prefix + name in self._weights]
+        tensors = [self._weights[prefix + name] for name in names]
 
         def one(hidden: Tensor, mask: Tensor, *tensors: Tensor) -> Tensor:
             weights = GeneratorWeights.from_named_tensors(dict(zip(names, tensors, strict=True)))
             return generate(hidden, mask, **vars(weights), pooler=config.pooler, activation=config.activation)
 
-        rows = hidden.unflatten(0, (runs, -1)), self.mask.unflatten(0, (runs, -1))
+        rows = hidden.unflatten(0, (runs, -1)), self.instruction.unflatten(0, (runs, -1))
         vectors = torch.vmap(one)(*rows, *tensors)
-        self.vectors[index] = vectors.roll(self.shift, dims=1).flatten(0, 1)
+        if self.shift:
+            vectors = vectors.roll(self.shift, dims=1)
+        self.vectors[index] = vectors.flatten(0, 1).split([self.shape.widths[name] for name in config.sites], dim=-1)
 
-    def _scale(self, index: int, site: str, projection: Any, args: Any, output: Tensor) -> Tensor:
-        sites = self.config.sites
-        parts = self.vectors[index][:, None].split([self.shape.widths[name] for name in sites], dim=-1)
-        return output * parts[sites.index(site)]
+    def _scale(self, index: int, place: int, projection: Any, args: Any, output: Tensor) -> Tensor:
+        return output * self.vectors[index][place][:, None]
 
     def _add_lora(self) -> None:
         for path, linear in self._targets():
@@ -126,11 +204,10 @@ class Stack:
             self._handles.append(linear.register_forward_hook(partial(self._lora, path)))
 
     def _lora(self, path: str, linear: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        down, up = (self._get(f"{path}.lora_{half}.weight").to(output.dtype) for half in "AB")
-        rows = args[0].unflatten(0, (len(self.runs), -1))
-        low = torch.einsum("gbti,gri->gbtr", rows, down)
-        added = torch.einsum("gbtr,gor->gbto", low, up).flatten(0, 1)
-        return output + added * (self.config.lora_alpha / self.config.r)
+        down, up = (self._get(f"{path}.lora_{half}.weight").mT for half in "AB")
+        low = args[0].unflatten(0, (len(self.runs), -1)).flatten(1, 2) @ down
+        grouped = output.unflatten(0, (len(self.runs), -1)).flatten(1, 2)
+        return torch.baddbmm(grouped, low, up, alpha=self.config.lora_alpha / self.config.r).view_as(output)
 
     def _add_ia3(self) -> None:
         for path, linear in self._targets():
@@ -138,7 +215,7 @@ class Stack:
             self._handles.append(linear.register_forward_hook(partial(self._ia3, path)))
 
     def _ia3(self, path: str, linear: Any, args: Any, output: Tensor) -> Tensor:
-        vectors = self._get(f"{path}.ia3_l").to(output.dtype).transpose(1, 2)
+        vectors = self._get(f"{path}.ia3_l").mT
         return (output.unflatten(0, (len(self.runs), -1)) * vectors[:, None]).flatten(0, 1)
 
     def _targets(self) -> Iterator[tuple[str, Any]]:
@@ -148,54 +225,95 @@ class Stack:
 
     # Passes.
 
-    def read(self, mask: Tensor, shift: int = 0) -> None:
-        """Before a pass: generators read the positions of `mask`, [runs * rows, tokens].
+    def read(self, instruction: Tensor, shift: int = 0) -> None:
+        """Before a pass: generators read these positions, [runs * rows, tokens] bool.
 
         Args:
             shift: rows of a run by which its vectors move: with 1, every row gets another prompt's
         """
-        self.mask, self.shift = mask, shift
+        self.instruction, self.shift = instruction, shift
+        self._weights = self._split(self.flat.to(self.base.dtype))
 
-    def losses(self, batch: dict[str, Tensor], mask: Tensor, shift: int = 0) -> Tensor:
-        """Mean loss of a response token for every run, [runs].
+    def hidden(self, batch: Batch, shift: int = 0) -> Tensor:
+        """Last hidden states at the batch's places, [runs, learnt, hidden]."""
+        self.read(batch.instruction, shift)
+        # The model's own forward pass looks at its tensors' values on the way to a mask, which a graph may not.
+        model = self.base.model
+        hidden = model.embed_tokens(batch.ids)
+        positions = torch.arange(batch.ids.shape[1], device=self.device)[None]
+        rotation = model.rotary_emb(hidden, position_ids=positions)
+        for layer in model.layers:
+            hidden = layer(hidden, position_embeddings=rotation)
+        chosen = hidden.flatten(0, 1).index_select(0, batch.places.flatten())
+        return model.norm(chosen).unflatten(0, batch.places.shape)
 
-        Args:
-            batch: input_ids, attention_mask and labels, [runs * rows, tokens]
-        """
-        self.read(mask, shift)
-        hidden = self.base.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])[0]
-        labels = batch["labels"][:, 1:]
-        learnt = labels != IGNORED_LABEL
-        # Logits of all positions would be most of the memory.
-        logits = self.base.lm_head(hidden[:, :-1][learnt]).float()
-        each = F.cross_entropy(logits, labels[learnt], reduction="none")
-        owner = (torch.arange(len(labels), device=labels.device) // (len(labels) // len(self.runs)))[:, None]
-        owner = owner.expand_as(labels)[learnt]
-        zeros = each.new_zeros(len(self.runs))
-        return zeros.index_add(0, owner, each) / zeros.index_add(0, owner, torch.ones_like(each))
+    def losses(self, batch: Batch, shift: int = 0) -> Tensor:
+        """Mean loss of a response token for every run, [runs]."""
+        logits = self.base.lm_head(self.hidden(batch, shift)).float()
+        losses = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none")
+        return losses.view_as(batch.targets).sum(dim=1) / (batch.targets != IGNORED_LABEL).sum(dim=1)
 
-    def step(self, losses: Tensor, share: float) -> None:
+    def step(self, losses: Tensor, share: Tensor) -> None:
         """One step of Adam for every run, its gradients' norm clipped at 1.
 
         Args:
+            share: of the highest learning rate, a scalar
+        """
+        (gradient,) = torch.autograd.grad(losses.sum(), self.flat)
+        mean, square = self._moments
+        with torch.no_grad():
+            self._steps += 1
+            gradient *= (1 / gradient.norm(dim=1, keepdim=True).clamp(min=1e-6)).clamp(max=1)
+            mean.lerp_(gradient, 1 - BETAS[0])
+            square.lerp_(gradient * gradient, 1 - BETAS[1])
+            corrections = [1 - beta**self._steps for beta in BETAS]
+            update = (mean / corrections[0]) / ((square / corrections[1]).sqrt() + EPSILON)
+            self.flat -= self._rates * share * update
+
+
+class Steps:
+    """Training steps on batches of a few sizes; with CUDA a graph of each size, so that nothing waits for launches."""
+
+    def __init__(self, stack: Stack, examples: Sequence[Batch]) -> None:
+        """
+        Args:
+            examples: a batch of every size
+        """
+        self.stack, self._pool = stack, None
+        self._graphs: dict[torch.Size, tuple[torch.cuda.CUDAGraph, Batch, Tensor]] = {}
+        if stack.device.type == "cuda":
+            self._pool = torch.cuda.graph_pool_handle()
+            # The largest first: its memory then serves the others.
+            for batch in sorted(examples, key=lambda batch: -batch.ids.numel()):
+                self._graphs[batch.ids.shape] = self._capture(batch.to(stack.device))
+            stack.forget()
+
+    def __call__(self, batch: Batch, share: float) -> None:
+        """
+        Args:
             share: of the highest learning rate
         """
-        names, parameters = zip(*self.parameters.items(), strict=True)
-        gradients = torch.autograd.grad(losses.sum(), parameters)
-        self._steps += 1
-        norms = torch.stack([g.flatten(1).square().sum(dim=1) for g in gradients]).sum(dim=0).sqrt()
-        factors = (1 / norms.clamp(min=1e-6)).clamp(max=1)
-        corrections = [1 - beta**self._steps for beta in BETAS]
-        with torch.no_grad():
-            for name, parameter, gradient in zip(names, parameters, gradients, strict=True):
-                mean, square = self._moments[name]
-                gradient = gradient * _by_run(factors, gradient)
-                mean.lerp_(gradient, 1 - BETAS[0])
-                square.lerp_(gradient * gradient, 1 - BETAS[1])
-                update = (mean / corrections[0]) / ((square / corrections[1]).sqrt() + EPSILON)
-                rates = [run.lr * (run.bias_lr if name.endswith("up.bias") else 1) * share for run in self.runs]
-                parameter -= update * _by_run(torch.tensor(rates, device=parameter.device), parameter)
+        if self._pool is None:
+            self._step(batch, torch.tensor(share))
+            return
+        graph, inputs, inputs_share = self._graphs[batch.ids.shape]
+        for static, tensor in zip(inputs, batch, strict=True):
+            static.copy_(tensor)
+        inputs_share.fill_(share)
+        graph.replay()
 
+    def _step(self, batch: Batch, share: Tensor) -> None:
+        self.stack.step(self.stack.losses(batch), share)
 
-def _by_run(values: Tensor, like: Tensor) -> Tensor:
-    return values.view(-1, *[1] * (like.ndim - 1))
+    def _capture(self, batch: Batch) -> tuple[torch.cuda.CUDAGraph, Batch, Tensor]:
+        # With nothing of the learning rate, the warm-up leaves the parameters as they are.
+        share = torch.zeros((), device=self.stack.device)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._step(batch, share)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            self._step(batch, share)
+        return graph, batch, share

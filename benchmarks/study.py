@@ -7,7 +7,7 @@ prompt and what the metric is when every request gets another prompt's vectors.
 
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,18 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.stacked import Hyperparameters, Stack
+from benchmarks.stacked import Batch, Hyperparameters, Pair, Stack, Steps, collate, fuse_norms
 from vllm_parade.inspect import prompt_dependence
-from vllm_parade.train.data import IGNORED_LABEL, Collator, encode, encode_prompt, pad_left
+from vllm_parade.train.data import IGNORED_LABEL, encode, encode_prompt, pad_left
 from vllm_parade.train.readers import Example
 from vllm_parade.train.tasks import TASKS, Task
 
 Record = dict[str, Any]
 POOL = 20
 WARM_UP = 0.06
-DEV_PAIRS = 200
-TEST_EXAMPLES = {"choices": 1000, "text": 200}
-SHORT, LONG = 64, 320
+EVAL_EVERY = 100
+DEV_PAIRS = 64
+TEST_EXAMPLES = {"choices": 400, "text": 64}
+# The longest pair in tokens; batches are padded to a multiple, so that there are few sizes of them.
+LONGEST, MULTIPLE = 320, 64
+# How many prompts a pass answers, once for every run, and how long a text becomes: 99 of 100 responses fit.
+PROMPTS, NEW_TOKENS = 64, 48
 
 
 @dataclass(frozen=True)
@@ -49,29 +53,45 @@ class Data:
 
     def __init__(self, tokenizer: Any, task: Task, folder: Path) -> None:
         splits = task.read(folder)
-        self.task, self.tokenizer = task, tokenizer
-        self.train = [pair for pair in encode(tokenizer, splits.train) if len(pair["input_ids"]) <= LONG]
-        self.dev = [pair for pair in encode(tokenizer, splits.dev) if len(pair["input_ids"]) <= LONG][:DEV_PAIRS]
+        self.task = task
+        self.train = self._pairs(tokenizer, splits.train)
+        self.dev = self._pairs(tokenizer, splits.dev)[:DEV_PAIRS]
         self.test: list[Example] = splits.test[: TEST_EXAMPLES["choices" if task.choices else "text"]]
         self.prompts = [encode_prompt(tokenizer, example.prompt) for example in self.test]
 
+    def _pairs(self, tokenizer: Any, examples: list[Example]) -> list[Pair]:
+        pairs = encode(tokenizer, examples, max_length=LONGEST)
+        return [Pair(torch.tensor(pair["input_ids"]), pair["labels"].count(IGNORED_LABEL)) for pair in pairs]
+
 
 class Study:
-    """A base model and the tasks' data, on which groups of runs are trained and measured."""
+    """A base model and the tasks' data, on which groups of runs are trained and measured.
 
-    def __init__(self, base: Any, tokenizer: Any, folders: dict[str, Path], eval_every: int = 50) -> None:
-        self.base, self.tokenizer, self.eval_every = base, tokenizer, eval_every
+    Args:
+        deadline: time.monotonic() at which training ends, however many steps are left; measuring follows
+    """
+
+    def __init__(
+        self,
+        base: Any,
+        tokenizer: Any,
+        folders: dict[str, Path],
+        eval_every: int = EVAL_EVERY,
+        deadline: float = float("inf"),
+    ) -> None:
+        self.base, self.tokenizer, self.eval_every, self.deadline = base, tokenizer, eval_every, deadline
         self.data = {name: Data(tokenizer, TASKS[name], folder) for name, folder in folders.items()}
-        self.collate, self.device = Collator(tokenizer.pad_token_id), next(base.parameters()).device
+        self.device = next(base.parameters()).device
         self.around = template_size(tokenizer)
+        fuse_norms(base)
 
     def records(self, group: Group) -> Iterator[Record]:
         """Train a group and measure each of its runs."""
-        started = time.monotonic()
-        stack = Stack(self.base, group.method, group.settings, group.runs)
+        clock, stack = Clock(), Stack(self.base, group.method, group.settings, group.runs)
         try:
-            dev_losses, best_steps = self._train(stack, group)
+            trained = self._train(stack, group, clock)
             measured = [self._measure(stack, group, name) for name in group.tasks]
+            clock.lap("measure_s")
         finally:
             stack.remove()
         for number, run in enumerate(group.runs):
@@ -85,49 +105,72 @@ class Study:
                 **vars(run),
                 "steps": group.steps,
                 "rows": group.rows,
-                "parameters": sum(parameter[number].numel() for parameter in stack.parameters.values()),
-                "dev_loss": dev_losses[number],
-                "best_step": best_steps[number],
-                **{key: values[number] for task in measured for key, values in task.items()},
-                "group_s": time.monotonic() - started,
+                "parameters": sum(stack.sizes),
+                **{key: values[number] for part in (trained, *measured) for key, values in part.items()},
+                **clock.seconds,
+                "steps_per_s": trained["steps_done"][number] / clock.seconds["train_s"],
+                "group_s": clock.total(),
             }
 
     # Training.
 
-    def _train(self, stack: Stack, group: Group) -> tuple[list[float], list[int]]:
-        """Train; every run's parameters are then those of its lowest dev loss."""
-        runs, batches = len(group.runs), self._batches(group)
-        best_losses, best_steps = [float("inf")] * runs, [0] * runs
-        best = {name: parameter.detach().clone() for name, parameter in stack.parameters.items()}
-        for step in range(1, group.steps + 1):
-            batch = next(batches)
-            stack.step(stack.losses(batch, self._instruction(batch, group)), _share(step, group.steps))
-            if step % self.eval_every and step < group.steps:
-                continue
-            for run, loss in enumerate(self._dev_losses(stack, group)):
-                if loss < best_losses[run]:
-                    best_losses[run], best_steps[run] = loss, step
-                    for name, parameter in stack.parameters.items():
-                        best[name][run] = parameter[run].detach()
-        with torch.no_grad():
-            for name, parameter in stack.parameters.items():
-                parameter.copy_(best[name])
-        return best_losses, best_steps
+    def _train(self, stack: Stack, group: Group, clock: "Clock") -> dict[str, list[Any]]:
+        """Train; every run's parameters are then those of its lowest dev loss.
 
-    def _batches(self, group: Group) -> Iterator[dict[str, Tensor]]:
-        """Batches of all runs, each run's pairs in the order of its seed; those of one step are about as long."""
+        Returns:
+            of every run its lowest dev loss, the step of it and the steps done
+        """
+        batches = self._batches(group)
+        sizes = {batch.ids.shape: batch for batch in batches}
+        take_step = Steps(stack, list(sizes.values()))
+        dev = {name: self._batch(self.data[name].dev * len(group.runs), group).to(self.device) for name in group.tasks}
+        best, lowest = stack.flat.detach().clone(), torch.full([len(group.runs)], float("inf"), device=self.device)
+        best_steps = torch.zeros(len(group.runs), dtype=torch.long, device=self.device)
+        clock.lap("prepare_s")
+        for step, batch in enumerate(batches, 1):
+            take_step(batch, _share(step, group.steps))
+            last = step == group.steps or time.monotonic() > self.deadline
+            if step % self.eval_every and not last:
+                continue
+            self._wait()
+            clock.lap("train_s")
+            losses = self._dev_losses(stack, dev)
+            better = losses < lowest
+            lowest, best_steps = torch.where(better, losses, lowest), torch.where(better, step, best_steps)
+            best = torch.where(better[:, None], stack.flat.detach(), best)
+            text = f"{group.name}, {group.method}: step {step} after {clock.total():.1f} s"
+            print(f"{text}, lowest dev loss {lowest.min().item():.4f}", flush=True)
+            clock.lap("dev_s")
+            if last:
+                break
+        with torch.no_grad():
+            stack.flat.copy_(best)
+        return {"dev_loss": lowest.tolist(), "best_step": best_steps.tolist(), "steps_done": [step] * len(lowest)}
+
+    def _batches(self, group: Group) -> list[Batch]:
+        """All runs' batches, a step each, every run's pairs in the order of its seed; a step's are about as long."""
         order = random.Random(0)
         streams = [self._stream(group, random.Random(run.seed)) for run in group.runs]
-        while True:
+        batches: list[Batch] = []
+        while len(batches) < group.steps:
             pools = [sorted((next(stream) for _ in range(POOL * group.rows)), key=_length) for stream in streams]
+            # Neighbours in length would else be neighbours in training.
             for place in order.sample(range(POOL), POOL):
                 part = slice(place * group.rows, (place + 1) * group.rows)
-                # Neighbours in length would else be neighbours in the batch.
-                yield self._to_device(self.collate([pair for pool in pools for pair in pool[part]]))
+                batches.append(self._batch([pair for pool in pools for pair in pool[part]], group, MULTIPLE))
+        del batches[group.steps :]
+        most: dict[torch.Size, int] = {}
+        for batch in batches:
+            most[batch.ids.shape] = max(most.get(batch.ids.shape, 0), batch.places.shape[1])
+        return [batch.widen(most[batch.ids.shape]) for batch in batches]
 
-    def _stream(self, group: Group, order: random.Random) -> Iterator[dict[str, list[int]]]:
+    def _batch(self, pairs: list[Pair], group: Group, multiple: int = 1) -> Batch:
+        batch = collate(pairs, len(group.runs), multiple)
+        return batch._replace(instruction=self._words(batch.instruction, group))
+
+    def _stream(self, group: Group, order: random.Random) -> Iterator[Pair]:
         """A run's pairs for ever: of a mixture each task as often as any other."""
-        shuffled: dict[str, list[dict[str, list[int]]]] = {name: [] for name in group.tasks}
+        shuffled: dict[str, list[Pair]] = {name: [] for name in group.tasks}
         while True:
             for name in group.tasks:
                 if not shuffled[name]:
@@ -135,77 +178,66 @@ class Study:
                 yield shuffled[name].pop()
 
     @torch.no_grad()
-    def _dev_losses(self, stack: Stack, group: Group, shift: int = 0) -> list[float]:
+    def _dev_losses(self, stack: Stack, dev: dict[str, Batch]) -> Tensor:
         """Mean over the tasks of the dev loss, for every run."""
-        means = []
-        for name in group.tasks:
-            pairs, losses, count = sorted(self.data[name].dev, key=_length), torch.zeros(len(group.runs)), 0
-            for start in range(0, len(pairs), group.rows):
-                part = pairs[start : start + group.rows]
-                batch = self._to_device(self.collate(part * len(group.runs)))
-                tokens = sum(label != IGNORED_LABEL for pair in part for label in pair["labels"])
-                losses += tokens * stack.losses(batch, self._instruction(batch, group), shift).float().cpu()
-                count += tokens
-            means.append(losses / count)
-        return torch.stack(means).mean(dim=0).tolist()
+        return torch.stack([stack.losses(batch) for batch in dev.values()]).mean(dim=0)
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
 
     # Measuring.
 
+    @torch.no_grad()
     def _measure(self, stack: Stack, group: Group, name: str) -> dict[str, list[Any]]:
         """The task's metric for every run; of PARADE also dependence on the prompt, and the metric without it."""
         measured: dict[str, list[Any]] = {name: self._scores(stack, group, name)}
-        if group.method != "parade":
-            return measured
-        measured[f"{name}_swapped"] = self._scores(stack, group, name, shift=1)
-        vectors: list[dict[int, list[Tensor]]] = [{} for _ in group.runs]
-        prompts = self.data[name].prompts[: 4 * group.rows]
-        for _, batch, mask in self._prompt_batches(prompts, group):
-            stack.read(mask)
-            with torch.no_grad():
-                self.base.model(**batch)
-            for layer, found in stack.vectors.items():
-                for run, part in enumerate(found.float().cpu().unflatten(0, (len(group.runs), -1))):
-                    vectors[run].setdefault(layer, []).append(part)
-        every = [prompt_dependence({layer: torch.cat(parts) for layer, parts in found.items()}) for found in vectors]
-        measured[f"{name}_dependence"] = every
+        if group.method == "parade":
+            measured[f"{name}_swapped"] = self._scores(stack, group, name, shift=1)
+            measured[f"{name}_dependence"] = self._dependence(stack, group, name)
         return measured
 
-    @torch.no_grad()
     def _scores(self, stack: Stack, group: Group, name: str, shift: int = 0) -> list[float]:
         data, answers = self.data[name], [[""] * len(self.data[name].test) for _ in group.runs]
-        for indices, batch, mask in self._prompt_batches(data.prompts, group):
-            stack.read(mask, shift)
-            texts = self._choose(batch, data.task) if data.task.choices else self._answer(batch, data.task)
-            for place, text in enumerate(texts):
-                run, row = divmod(place, len(indices))
-                answers[run][indices[row]] = text
+        order = sorted(range(len(data.prompts)), key=lambda place: len(data.prompts[place]))
+        find = self._choose if data.task.choices else self._answer
+        for start in range(0, len(order), PROMPTS):
+            places = order[start : start + PROMPTS]
+            texts = find(stack, group, data.task, [data.prompts[place] for place in places], shift)
+            for number, text in enumerate(texts):
+                run, row = divmod(number, len(places))
+                answers[run][places[row]] = text
         return [data.task.metric(texts, data.test) for texts in answers]
 
-    def _choose(self, batch: dict[str, Tensor], task: Task) -> list[str]:
+    def _choose(self, stack: Stack, group: Group, task: Task, prompts: list[list[int]], shift: int) -> list[str]:
+        """The likeliest choice after every prompt, for every run in turn."""
         first = [self.tokenizer(choice, add_special_tokens=False)["input_ids"][0] for choice in task.choices]
-        hidden = self.base.model(**batch)[0][:, -1]
-        return [task.choices[place] for place in self.base.lm_head(hidden)[:, first].argmax(dim=1).tolist()]
+        logits = self.base.lm_head(stack.hidden(self._before_answers(group, prompts), shift))[..., first]
+        return [task.choices[place] for place in logits.argmax(dim=-1).flatten().tolist()]
 
-    def _answer(self, batch: dict[str, Tensor], task: Task) -> list[str]:
+    def _answer(self, stack: Stack, group: Group, task: Task, prompts: list[list[int]], shift: int) -> list[str]:
+        """What follows every prompt, for every run in turn."""
+        batch = pad_left(prompts * len(group.runs), self.tokenizer.pad_token_id, self.device)
+        stack.read(self._words(batch["attention_mask"].bool(), group), shift)
         options: dict[str, Any] = {"do_sample": False, "pad_token_id": self.tokenizer.pad_token_id, "use_cache": True}
-        output = self.base.generate(**batch, max_new_tokens=task.max_new_tokens, **options)
+        output = self.base.generate(**batch, max_new_tokens=min(NEW_TOKENS, task.max_new_tokens), **options)
         texts = self.tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         return [text.strip() for text in texts]
 
-    def _prompt_batches(
-        self, prompts: Sequence[list[int]], group: Group
-    ) -> Iterator[tuple[list[int], dict[str, Tensor], Tensor]]:
-        """Places of some prompts, these prompts once for every run, and what generators read of them."""
-        order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
-        for start in range(0, len(order), SHORT):
-            places = order[start : start + SHORT]
-            rows = [prompts[place] for place in places] * len(group.runs)
-            batch = pad_left(rows, self.tokenizer.pad_token_id, self.device)
-            yield places, batch, self._words(batch["attention_mask"].bool(), group)
+    def _dependence(self, stack: Stack, group: Group, name: str) -> list[dict[str, float]]:
+        """How much every run's vectors differ between prompts, of one pass."""
+        stack.hidden(self._before_answers(group, self.data[name].prompts[:PROMPTS]))
+        found = {
+            layer: torch.cat(parts, dim=1).float().chunk(len(group.runs)) for layer, parts in stack.vectors.items()
+        }
+        return [
+            prompt_dependence({layer: parts[run] for layer, parts in found.items()}) for run in range(len(group.runs))
+        ]
 
-    def _instruction(self, batch: dict[str, Tensor], group: Group) -> Tensor:
-        before = ((batch["labels"] != IGNORED_LABEL).cumsum(dim=1) == 0) & batch["attention_mask"].bool()
-        return self._words(before, group)
+    def _before_answers(self, group: Group, prompts: list[list[int]]) -> Batch:
+        """Prompts, once for every run, whose places are those that predict an answer's first token."""
+        pairs = [Pair(torch.tensor([*prompt, self.tokenizer.eos_token_id]), len(prompt)) for prompt in prompts]
+        return self._batch(pairs * len(group.runs), group).to(self.device)
 
     def _words(self, mask: Tensor, group: Group) -> Tensor:
         """The positions of a prompt, [rows, tokens], without the template's where the group leaves them out."""
@@ -215,8 +247,23 @@ class Study:
         before, after = self.around
         return mask & (place > before) & (place <= left - after)
 
-    def _to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: tensor.to(self.device) for name, tensor in batch.items()}
+
+class Clock:
+    """Seconds by what took them."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def lap(self, name: str) -> None:
+        """What passed since the last lap belongs to `name`."""
+        now = time.monotonic()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
+        self._last = now
+
+    def total(self) -> float:
+        """Of all laps."""
+        return sum(self.seconds.values())
 
 
 def template_size(tokenizer: Any) -> tuple[int, int]:
@@ -228,8 +275,8 @@ def template_size(tokenizer: Any) -> tuple[int, int]:
     return before, after
 
 
-def _length(pair: dict[str, list[int]]) -> int:
-    return len(pair["input_ids"])
+def _length(pair: Pair) -> int:
+    return len(pair.ids)
 
 
 def _share(step: int, steps: int) -> float:

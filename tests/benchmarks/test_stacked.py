@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 from peft import get_peft_model, set_peft_model_state_dict
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.stacked import Hyperparameters, Stack
+from benchmarks.stacked import Batch, Hyperparameters, Pair, Stack, Steps, collate, fuse_norms
 from tests.tuner.models import make
 from vllm_parade.train.methods import peft_config
 
@@ -28,8 +29,9 @@ def batch() -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def instruction(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    return torch.arange(TOKENS).expand_as(batch["labels"]) < 5
+def collated(batch: dict[str, torch.Tensor], multiple: int = 1) -> Batch:
+    rows = zip(batch["input_ids"], batch["attention_mask"].sum(dim=1), strict=True)
+    return collate([Pair(ids[:length], 5) for ids, length in rows], len(RUNS), multiple)
 
 
 def stacked(method: str, **settings: Any) -> Stack:
@@ -61,7 +63,7 @@ def test_losses_are_those_of_each_run_alone(
     method: str, settings: dict[str, Any], batch: dict[str, torch.Tensor]
 ) -> None:
     stack = stacked(method, **settings)
-    losses = stack.losses(batch, instruction(batch))
+    losses = stack.losses(collated(batch))
     assert len({round(loss, 3) for loss in losses.tolist()}) == len(RUNS)
     for run in range(len(RUNS)):
         loss = alone(stack, run, **settings)(**rows_of(batch, run)).loss
@@ -79,15 +81,16 @@ def test_steps_are_those_of_adamw(method: str, batch: dict[str, torch.Tensor]) -
         others = [p for name, p in trained.items() if not name.endswith("bias")]
         groups = [{"params": others, "lr": run.lr}, {"params": bias, "lr": run.lr * run.bias_lr}]
         optimizers.append(torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0))
+    take_step = Steps(stack, [collated(batch)])
     for _ in range(3):
-        stack.step(stack.losses(batch, instruction(batch)), 1.0)
+        take_step(collated(batch), 1.0)
         for run, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
             optimizer.zero_grad()
             model(**rows_of(batch, run)).loss.backward()
             torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
             optimizer.step()
     for run, model in enumerate(models):
-        moved = stack.losses(batch, instruction(batch))[run]
+        moved = stack.losses(collated(batch))[run]
         torch.testing.assert_close(moved, model(**rows_of(batch, run)).loss, atol=1e-3, rtol=1e-3)
 
 
@@ -106,15 +109,61 @@ def test_answers_keep_their_prompts_vectors(batch: dict[str, torch.Tensor]) -> N
 
 def test_another_prompts_vectors_change_the_loss(batch: dict[str, torch.Tensor]) -> None:
     stack = stacked("parade")
-    own, others = (stack.losses(batch, instruction(batch), shift) for shift in (0, 1))
+    own, others = (stack.losses(collated(batch), shift) for shift in (0, 1))
     assert (own - others).abs().min() > 1e-3
-    back = stack.losses(batch, instruction(batch), ROWS)
+    back = stack.losses(collated(batch), ROWS)
     torch.testing.assert_close(back, own)
 
 
 def test_removing_gives_the_base_model_back(batch: dict[str, torch.Tensor]) -> None:
     stack = stacked("lora")
+    stack.read(collated(batch).instruction)
     plain = make("llama")(batch["input_ids"]).logits
     assert not torch.allclose(stack.base(batch["input_ids"]).logits, plain, atol=1e-3)
     stack.remove()
     assert torch.equal(stack.base(batch["input_ids"]).logits, plain)
+
+
+def test_padding_changes_no_loss(batch: dict[str, torch.Tensor]) -> None:
+    stack = stacked("parade")
+    padded = collated(batch, multiple=16).widen(20)
+    assert padded.ids.shape == (len(RUNS) * ROWS, 16)
+    assert padded.places.shape == padded.targets.shape == (len(RUNS), 20)
+    torch.testing.assert_close(stack.losses(padded), stack.losses(collated(batch)))
+
+
+def test_fused_norms_are_the_model_s(batch: dict[str, torch.Tensor]) -> None:
+    base = make("llama")
+    plain = base(batch["input_ids"]).logits
+    fuse_norms(base)
+    torch.testing.assert_close(base(batch["input_ids"]).logits, plain)
+
+
+def test_adam_begins_anew(batch: dict[str, torch.Tensor]) -> None:
+    stack = stacked("parade")
+    before, moved = stack.flat.detach().clone(), []
+    for _ in range(2):
+        Steps(stack, [collated(batch)])(collated(batch), 1.0)
+        moved.append(stack.flat.detach().clone())
+        with torch.no_grad():
+            stack.flat.copy_(before)
+        stack.forget()
+    torch.testing.assert_close(*moved)
+    # The warm-up before a graph is captured.
+    Steps(stack, [collated(batch)])(collated(batch), 0.0)
+    assert torch.equal(stack.flat, before)
+
+
+class NoValues(TorchDispatchMode):
+    """Refuses operators that wait for a tensor's values, as the capture of a CUDA graph does."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert function.overloadpacket.__name__ not in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero")
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("method", "settings"), CASES)
+def test_a_step_can_be_captured(method: str, settings: dict[str, Any], batch: dict[str, torch.Tensor]) -> None:
+    stack, pairs, share = stacked(method, **settings), collated(batch), torch.tensor(1.0)
+    with NoValues():
+        stack.step(stack.losses(pairs), share)

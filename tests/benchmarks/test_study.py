@@ -45,6 +45,7 @@ def test_a_group_is_trained_and_measured(study: Study, own_words: bool) -> None:
     assert [record["seed"] for record in records] == [0, 1]
     first = records[0]
     assert first["best_step"] in (5, 10)
+    assert first["steps_done"] == 10
     assert first["dev_loss"] < 12
     assert 0 <= first["sst2"] <= 100
     assert 0 <= first["sst2_swapped"] <= 100
@@ -52,6 +53,13 @@ def test_a_group_is_trained_and_measured(study: Study, own_words: bool) -> None:
     assert first["parameters"] == 2 * (32 * 8 + 8 * 112 + 8 * 8 + 4 * 8 + 112)
     # The base model is as it was.
     assert not any(module._forward_hooks for module in study.base.modules())
+
+
+def test_a_group_whose_time_is_over_is_measured(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study, "deadline", 0.0)
+    for record in study.records(Group("g", "ia3", ("sst2",), RUNS, steps=10, rows=4)):
+        assert (record["steps"], record["steps_done"], record["best_step"]) == (10, 1, 1)
+        assert 0 <= record["sst2"] <= 100
 
 
 def test_training_lowers_the_dev_loss(study: Study) -> None:
