@@ -18,7 +18,7 @@ from benchmarks.engine import VARIANTS, Settings
 from benchmarks.models import SIZES
 from benchmarks.workloads import WORKLOADS, Record
 
-STUDY_PARTS = ("tasks", "mixture", "conditions", "variants", "budgets")
+STUDY_PARTS = ("mixture", "conditions", "variants", "budgets", "tasks")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -104,10 +104,11 @@ def study(args: argparse.Namespace) -> None:
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     base = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(device)
-    groups = [group for part in args.parts for group in plan(part) if not args.only or args.only in group.name]
+    planned = [group for part in args.parts for group in plan(part)]
+    groups = [g for g in planned if not args.only or any(name in f"{g.name}, {g.method}" for name in args.only)]
     folders = {task: args.data / task for task in ALL_TASKS if any(task in group.tasks for group in groups)}
-    found, results = Study(base, tokenizer, folders), []
     deadline = time.monotonic() + 60 * args.minutes
+    found, results = Study(base, tokenizer, folders, deadline=deadline), []
     for group in groups:
         if time.monotonic() > deadline:
             print(f"{args.minutes} minutes are over; {group.name}, {group.method} and what follows were not run")
@@ -232,9 +233,9 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("parts", nargs="+", choices=STUDY_PARTS, metavar="PART", help=", ".join(STUDY_PARTS))
     sub.add_argument("--model", required=True, help="base model of the LLaMA family")
     sub.add_argument("--data", type=Path, required=True, help="folder with a folder of every task, by its name")
-    sub.add_argument("--only", help="of the parts' groups those whose name has this in it")
+    sub.add_argument("--only", nargs="+", help="of the parts' groups those with one of these in `NAME, METHOD`")
     sub.add_argument("--steps", type=int, help="instead of each group's own number")
-    sub.add_argument("--minutes", type=float, default=1e9, help="after which no group is begun any more")
+    sub.add_argument("--minutes", type=float, default=1e9, help="after which training ends; its group is measured")
     _out_flag(sub)
 
     sub = command(cluster, "Simulate a cluster under the routing rule and without it; needs no engine.")

@@ -26,7 +26,6 @@ BUDGETS = (3, 6, 12, 24, 48)
 # drown the rest of the residual stream: generators begin wider, read after the norm, or only the user's own words.
 ATTENTION_INPUT = {"generator_input": "attention_input"}
 CONDITIONS: dict[str, tuple[dict[str, Any], dict[str, float]]] = {
-    "as in the paper": ({}, {}),
     "attention input": ({"settings": ATTENTION_INPUT}, {}),
     "wide": ({}, {"initial_std": 10.0}),
     "own words, wide": ({"own_words": True}, {"initial_std": 10.0}),
@@ -57,31 +56,32 @@ def _tasks() -> Iterator[Group]:
 
 def _mixture() -> Iterator[Group]:
     for method in RATES:
-        yield Group("mixture", method, ALL_TASKS, _runs(method), steps=1000)
+        yield Group("mixture", method, ALL_TASKS, _runs(method))
 
 
 def _conditions() -> Iterator[Group]:
     for name, (options, of_runs) in CONDITIONS.items():
-        yield Group(f"conditions/{name}", "parade", ALL_TASKS, _runs("parade", **of_runs), steps=1000, **options)
+        yield Group(f"conditions/{name}", "parade", ALL_TASKS, _runs("parade", **of_runs), **options)
 
 
 def _variants() -> Iterator[Group]:
     for name, settings in VARIANTS.items():
-        yield Group(f"variants/{name}", "parade", ALL_TASKS, _runs("parade"), settings, steps=1000)
+        yield Group(f"variants/{name}", "parade", ALL_TASKS, _runs("parade"), settings)
 
 
 def _budgets() -> Iterator[Group]:
     for r in BUDGETS:
         settings = {"r": r, "num_capsules": 3 if r % 4 else 4}
-        yield Group(f"budgets/r={r}", "parade", ALL_TASKS, _runs("parade"), settings, steps=1000)
+        yield Group(f"budgets/r={r}", "parade", ALL_TASKS, _runs("parade"), settings)
 
 
+# What matters most comes first.
 PARTS = {
-    "tasks": _tasks,
     "mixture": _mixture,
     "conditions": _conditions,
     "variants": _variants,
     "budgets": _budgets,
+    "tasks": _tasks,
 }
 
 
