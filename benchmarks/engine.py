@@ -61,7 +61,8 @@ class Settings:
 
 # What GPUs (or CPUs) call what they tell each other.
 COLLECTIVE = re.compile(
-    r"nccl|gloo:|shm_(all|send|recv)|all_?reduce|all_?gather|reduce_?scatter|broadcast_?kernel", re.IGNORECASE
+    r"nccl|gloo:|shm_(all|send|recv)|cross_device|all_?reduce|all_?gather|reduce_?scatter|broadcast_?kernel",
+    re.IGNORECASE,
 )
 
 

@@ -117,12 +117,9 @@ class Adjusted:
             layer.bind(self.weights, number)
 
     def run(self, index, hidden, residual=None):
-        with self.forward_context():
-            return self.model.layers[index](hidden, residual)
-
-    def forward_context(self):
         context = SimpleNamespace(no_compile_layers=self.context, cudagraph_runtime_mode=CUDAGraphMode.NONE)
-        return override_forward_context(context)
+        with override_forward_context(context):
+            return self.model.layers[index](hidden, residual)
 
     def activate(self, adapter, slot=0):
         shards = [layer.shard(adapter, SHAPE) for layer in self.layers]
@@ -213,21 +210,16 @@ def test_all_five_sites_have_their_columns():
 
 def test_a_layer_that_splits_otherwise_is_told():
     adjusted = Adjusted()
-    with adjusted.forward_context():
-        parts = adjusted.model.layers[0].self_attn.qkv_proj(hidden_states())[0]
+    parts = adjusted.model.layers[0].self_attn.qkv_proj(hidden_states())[0]
     with pytest.raises(AssertionError, match=r"split into \[8, 8, 16\]"):
         parts.split([8, 8, 16], dim=-1)
 
 
-def test_a_projection_without_sites_is_left_alone():
-    adjusted = Adjusted(("q", "v"))
-    mlp = adjusted.model.layers[0].mlp
-    assert not mlp.gate_up_proj._forward_hooks
-    assert not mlp.act_fn._forward_hooks
-    adjusted, hidden = Adjusted(("up",)), hidden_states()
-    with adjusted.forward_context():
-        output = adjusted.model.layers[0].self_attn.qkv_proj(hidden)[0]
-    assert torch.equal(output, adjusted.plain.layers[0].self_attn.qkv_proj(hidden)[0])
+def test_a_module_without_sites_has_no_hook():
+    layer = Adjusted(("up",)).model.layers[0]
+    assert not layer.self_attn.qkv_proj._forward_hooks
+    assert not layer.mlp.gate_up_proj._forward_hooks
+    assert layer.mlp.act_fn._forward_hooks
 
 
 @pytest.mark.parametrize("with_residual", [False, True])

@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_parade.layers.overlap import SideStream
 from vllm_parade.ops import use_kernels
 from vllm_parade.ops.job import GeneratorJob, GeneratorStep, step_size
 
@@ -24,8 +23,6 @@ class BatchMetadata:
     """The instructions of the step for the kernels: views."""
     workspace: Tensor | None
     """[workspace size] float32, what one kernel leaves for the next; None without kernels."""
-    side: SideStream
-    """Where the kernels run."""
     jobs: list[GeneratorJob] = field(default_factory=list)
     """The instructions of this step."""
 
@@ -47,7 +44,6 @@ class BatchMetadata:
             token_rows=buffer[:max_num_tokens],
             step=step,
             workspace=workspace,
-            side=SideStream(device),
         )
 
     def prepare(self, request_rows: list[int], request_tokens: list[int], jobs: list[GeneratorJob]) -> None:

@@ -63,7 +63,7 @@ class ParadeLayer:
         return local
 
     def generate(self, layer_input: Tensor, attention_input: Tensor) -> None:
-        """Write the rows of all instructions of this step; who reads them waits for `batch.side` first.
+        """Write the rows of all instructions of this step.
 
         Args:
             layer_input: [tokens, hidden], the residual stream
@@ -72,7 +72,6 @@ class ParadeLayer:
         if self.batch.workspace is not None:
             from vllm_parade.ops.generate import generate_rows
 
-            self.batch.side.fork()
             generate_rows(
                 layer_input,
                 attention_input,
@@ -82,7 +81,6 @@ class ParadeLayer:
                 self.batch.step,
                 self.batch.workspace,
                 self.slots.max_rank,
-                stream=self.batch.side.stream,
             )
             return
         by_slot: dict[int, list[GeneratorJob]] = defaultdict(list)
@@ -104,7 +102,6 @@ class ParadeLayer:
         for num_tokens in warm_up_sizes(len(self.batch.token_rows)):
             hidden = self.table.new_empty(num_tokens, self.slots.hidden_size)
             self.generate(hidden, hidden)
-            self.batch.side.join()
 
 
 def _generate(instructions: list[Tensor], weights: GeneratorWeights, config: AdapterConfig) -> Tensor:
@@ -123,14 +120,10 @@ def parade_generate(layer_input: Tensor, attention_input: Tensor, table: Tensor)
 
     The table's address says which layer it is: a name would make every layer's code another one to compile.
     """
-    context, layer = get_forward_context(), _layer(table)
+    context = get_forward_context()
+    layer: ParadeLayer = context.no_compile_layers[LAYERS_KEY][table.data_ptr()]
     if layer.batch.jobs or context.cudagraph_runtime_mode == CUDAGraphMode.PIECEWISE:
         layer.generate(layer_input, attention_input)
-
-
-def _layer(table: Tensor) -> ParadeLayer:
-    layer: ParadeLayer = get_forward_context().no_compile_layers[LAYERS_KEY][table.data_ptr()]
-    return layer
 
 
 def _parade_generate_fake(layer_input: Tensor, attention_input: Tensor, table: Tensor) -> None:
@@ -142,25 +135,4 @@ direct_register_custom_op(
     op_func=parade_generate,
     mutates_args=["table"],
     fake_impl=_parade_generate_fake,
-)
-
-
-def parade_join(attention_input: Tensor, table: Tensor) -> None:
-    """Custom op: wait until the rows of `table` are written.
-
-    Args:
-        attention_input: what generators may still be reading, so that its memory is nobody else's until now
-    """
-    _layer(table).batch.side.join()
-
-
-def _parade_join_fake(attention_input: Tensor, table: Tensor) -> None:
-    return
-
-
-direct_register_custom_op(
-    op_name="parade_join",
-    op_func=parade_join,
-    mutates_args=["table"],
-    fake_impl=_parade_join_fake,
 )

@@ -56,7 +56,7 @@ def adjust_model(
         shards = {shard.name: shard for shard in (*qkv_shards(qkv), gate, up)}
         index = int(name.rsplit(".", 1)[-1])
         layer = ParadeLayer(index, [shards[site] for site in sites], num_rows, batch, device, dtype)
-        _hook_generator(module.input_layernorm, qkv, layer)
+        _hook_norm(module.input_layernorm, layer)
         _hook_output(qkv, qkv_shards(qkv), layer, _scale_parts)
         _hook_output(gate_up, [gate], layer, _scale_gate)
         _hook_output(module.mlp.act_fn, [up], layer, _scale_activated)
@@ -67,11 +67,9 @@ def adjust_model(
     return layers
 
 
-def _hook_generator(norm: Any, qkv: Any, layer: ParadeLayer) -> None:
-    """Begin behind the norm, and be done when the first projection is: its output is what vectors scale first."""
-    for module, hook in ((norm, _generate_vectors), (qkv, _await_vectors)):
-        module.register_buffer("parade_table", layer.table, persistent=False)
-        module.register_forward_hook(hook)
+def _hook_norm(norm: Any, layer: ParadeLayer) -> None:
+    norm.register_buffer("parade_table", layer.table, persistent=False)
+    norm.register_forward_hook(_generate_vectors)
 
 
 def _generate_vectors(norm: Any, args: tuple[Tensor, ...], output: Tensor | tuple[Tensor, Tensor]) -> None:
@@ -79,10 +77,6 @@ def _generate_vectors(norm: Any, args: tuple[Tensor, ...], output: Tensor | tupl
     # pipeline; the model's first norm gets it as its input.
     attention_input, layer_input = output if isinstance(output, tuple) else (output, args[0])
     torch.ops.vllm.parade_generate(layer_input, attention_input, norm.parade_table)
-
-
-def _await_vectors(qkv: Any, args: tuple[Tensor, ...], output: Any) -> None:
-    torch.ops.vllm.parade_join(args[0], qkv.parade_table)
 
 
 def _hook_output(module: Any, shards: list[SiteShard], layer: ParadeLayer, hook: Callable[..., Any]) -> None:

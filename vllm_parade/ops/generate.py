@@ -71,17 +71,16 @@ class _Launch:
         self._key = (kernel, dtype, *self._values)
         self._run: Callable[..., None] | None = None
 
-    def __call__(self, stream: torch.cuda.Stream | None, tensors: tuple[Tensor, ...], *numbers: int) -> None:
+    def __call__(self, tensors: tuple[Tensor, ...], *numbers: int) -> None:
         if self._run is not None:
             addresses = [tensor.data_ptr() for tensor in tensors]
             assert not any(address % 16 for address in addresses)
-            self._run(*addresses, *numbers, *self._values, stream=stream and stream.cuda_stream)
+            self._run(*addresses, *numbers, *self._values)
         elif self._key in _compiled:
             self._run = _compiled[self._key][self.grid]
-            self(stream, tensors, *numbers)
+            self(tensors, *numbers)
         else:
-            with torch.cuda.stream(stream):
-                compiled = self.kernel[self.grid](*tensors, *numbers, **self.constants, **self.options)
+            compiled = self.kernel[self.grid](*tensors, *numbers, **self.constants, **self.options)
             if not isinstance(self.kernel, InterpretedFunction):
                 _compiled[self._key] = compiled
 
@@ -162,7 +161,6 @@ def generate_rows(
     step: GeneratorStep,
     workspace: Tensor,
     max_rank: int,
-    stream: torch.cuda.Stream | None = None,
 ) -> None:
     """Write the table's rows of all instructions of a step.
 
@@ -177,7 +175,6 @@ def generate_rows(
         step: the instructions, on the device
         workspace: float32, `workspace_size` numbers
         max_rank: largest r in any slot
-        stream: where to run; None for the current one
     """
     stride = layer_input.stride()
     assert stride == attention_input.stride()
@@ -190,9 +187,8 @@ def generate_rows(
     assert workspace.numel() >= launches.workspace_size
     counts, jobs, logits_start = step.counts, step.jobs, launches.logits_start
     launches.project(
-        stream,
         (layer_input, attention_input, flat, counts, jobs, step.tiles, workspace),
         *(layer, num_tokens, launches.split_blocks, logits_start),
     )
-    launches.pool(stream, (counts, jobs, workspace), num_tokens, logits_start)
-    launches.write(stream, (flat, counts, jobs, workspace, table), layer, 2 * logits_start)
+    launches.pool((counts, jobs, workspace), num_tokens, logits_start)
+    launches.write((flat, counts, jobs, workspace, table), layer, 2 * logits_start)
