@@ -5,7 +5,6 @@ import json
 import random
 import re
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -69,17 +68,23 @@ COLLECTIVE = re.compile(
 class WorkerExtension:
     """Remote calls that vLLM mixes into the workers (`worker_extension_cls`)."""
 
-    def start_profile_of_collectives(self) -> None:
+    def start_recording(self) -> None:
         """Record what runs from here on."""
         self.recorded = torch.profiler.profile()
         self.recorded.start()
 
-    def stop_profile_of_collectives(self) -> dict[str, int]:
-        """How often each collective operation ran on the device, and each exchange between stages, by name."""
+    def stop_recording(self) -> dict[str, tuple[int, float]]:
+        """What ran on the device, by name: how often, and for how many microseconds in all."""
         self.recorded.stop()
-        device = torch.profiler.DeviceType.CUDA if torch.cuda.is_available() else torch.profiler.DeviceType.CPU
-        names = [event.name for event in self.recorded.events() if event.device_type == device]
-        return dict(Counter(name for name in names if COLLECTIVE.search(name)))
+        on_gpu = torch.cuda.is_available()
+        device = torch.profiler.DeviceType.CUDA if on_gpu else torch.profiler.DeviceType.CPU
+        ran: dict[str, tuple[int, float]] = {}
+        for event in self.recorded.events():
+            if event.device_type == device:
+                count, time = ran.get(event.name, (0, 0.0))
+                more = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+                ran[event.name] = count + 1, time + more
+        return ran
 
     def parade_static(self, static: bool) -> None:
         """Switch generators off (rows keep the vectors they have, as static ones would stay) or on again."""
@@ -191,11 +196,14 @@ class Variant:
         """Whether rows keep the vectors they have, so that no generator runs."""
         self.llm.collective_rpc("parade_static", args=(static,))
 
-    def collectives(self, requests: Sequence[Any] = ()) -> list[dict[str, int]]:
-        """Collective operations of each worker while one fresh prompt is read and answered, by name."""
-        self.llm.collective_rpc("start_profile_of_collectives")
-        self.run(1, 64, 9, requests)
-        return self.llm.collective_rpc("stop_profile_of_collectives")
+    def recorded(
+        self, batch: int, length: int, tokens: int, requests: Sequence[Any] = ()
+    ) -> list[dict[str, tuple[int, float]]]:
+        """Of each worker what runs on its device while fresh prompts are read and answered: by name how often and how
+        many microseconds."""
+        self.llm.collective_rpc("start_recording")
+        self.run(batch, length, tokens, requests)
+        return self.llm.collective_rpc("stop_recording")
 
     def parade_mib(self) -> dict[str, float]:
         """Computed device memory of tables and slots on the first worker; empty without PARADE."""

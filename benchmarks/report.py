@@ -40,6 +40,7 @@ TABLES = {
     "tenants": Columns(("adapters", "popularity"), others=("ttft_ms", "ttft_ms_p20", "ttft_ms_p80", "tokens_per_s")),
     "table4": Columns((), ("beam1_tokens_per_s", "beam3_tokens_per_s"), ("beam1_mib", "beam3_mib")),
     "collectives": Columns(("rank",), ("count",)),
+    "launches": Columns(("batch",), ("kernels", "busy_us")),
     "memory": Columns((), ("peak_mib",), ("start_mib", "tables_mib", "slots_mib", "beside_mib")),
     "kernels": Columns(
         ("step", "adapters", "tokens"), others=("layer_us", "model_ms", "model_ms_p20", "model_ms_p80", "launched_ms")

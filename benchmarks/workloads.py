@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from benchmarks.engine import Variant, used_mib
+from benchmarks.engine import COLLECTIVE, Variant, used_mib
 
 Record = dict[str, Any]
 ZIPF_EXPONENT = 1.0
 # Adapters of the workloads other than tenants: one for every row of the largest batch.
 MANY = 256
 BEAM_WIDTH = 3
+# Of launches: tokens of a prompt, and kernels that a record names.
+SHORT, SLOWEST = 8, 20
 
 
 @dataclass(frozen=True)
@@ -212,14 +214,41 @@ def _table4_row(measured: Measured, name: str) -> Record:
 def collectives(measured: Measured) -> Iterator[Record]:
     """What workers tell each other while one prompt is read and answered."""
     for name, requests in measured.users.items():
-        measured.variant.collectives(requests)
-        for rank, counts in enumerate(measured.variant.collectives(requests)):
+        measured.variant.recorded(1, 64, 9, requests)
+        for rank, ran in enumerate(measured.variant.recorded(1, 64, 9, requests)):
+            counts = {kernel: count for kernel, (count, _) in ran.items() if COLLECTIVE.search(kernel)}
             yield {
                 "workload": "collectives",
                 "variant": name,
                 "rank": rank,
                 "count": sum(counts.values()),
                 "by": counts,
+            }
+
+
+def launches(measured: Measured) -> Iterator[Record]:
+    """Kernels of a decode step on the first worker: how many, and how long they run.
+
+    Prompts are short, so that what a longer answer adds is decode steps and little else; counts are rounded, since
+    prompts may arrive in a step more or less.
+    """
+    variant, steps = measured.variant, measured.points.decode_tokens
+    for batch in measured.points.decode_batches:
+        for name, requests in measured.users.items():
+            variant.run(batch, SHORT, 2, requests)
+            few, many = (variant.recorded(batch, SHORT, tokens, requests)[0] for tokens in (2, 2 + steps))
+            each: dict[str, tuple[int, float]] = {}
+            for kernel, (count, microseconds) in many.items():
+                before = few.get(kernel, (0, 0.0))
+                each[kernel] = round((count - before[0]) / steps), (microseconds - before[1]) / steps
+            slowest = sorted(each, key=lambda kernel: each[kernel][1], reverse=True)[:SLOWEST]
+            yield {
+                "workload": "launches",
+                "variant": name,
+                "batch": batch,
+                "kernels": sum(count for count, _ in each.values()),
+                "busy_us": sum(microseconds for _, microseconds in each.values()),
+                "by": {kernel: each[kernel] for kernel in slowest},
             }
 
 
@@ -230,4 +259,5 @@ WORKLOADS: dict[str, Callable[[Measured], Iterator[Record]]] = {
     "tenants": tenants,
     "table4": table4,
     "collectives": collectives,
+    "launches": launches,
 }

@@ -198,26 +198,31 @@ def test_help(command: str):
     assert f"python -m benchmarks {command}" in text
 
 
+POSITIVE = ("ttft_ms", "tokens_per_s", "beam1_tokens_per_s", "beam3_tokens_per_s", "tables_mib", "seconds", "kernels")
+
+
 @pytest.mark.engine
 @pytest.mark.slow
 def test_run_of_a_tiny_model(tmp_path: Path):
     out = tmp_path / "results.json"
     flags = ["--size", "tiny", "--folder", str(tmp_path), "--adapters", "4", "--slots", "2", "--repeats", "1"]
     flags += ["--kv-cache-gib", "0.25", "--engine", '{"enforce_eager": true}', "--out", str(out)]
-    text = run_command("run", "decode", "prefill", "repeat", "tenants", "table4", *flags)
+    text = run_command("run", "decode", "prefill", "repeat", "launches", "tenants", "table4", *flags)
     assert "### table4" in text
     content = json.loads(out.read_text())
     assert {"card", "torch", "vllm", "vllm_parade", "triton", "commit", "date"} <= set(content["machine"])
     found = {(record["workload"], record["variant"]) for record in content["results"]}
     variants = {"base", "unused", "parade", "lora"}
-    assert found >= {(workload, variant) for workload in ("decode", "prefill", "repeat") for variant in variants}
+    assert found >= {
+        (workload, variant) for workload in ("decode", "prefill", "repeat", "launches") for variant in variants
+    }
     assert found >= {("table4", variant) for variant in ("base", "parade", "ia3", "lora")}
     assert found >= {("tenants", variant) for variant in ("base", "parade", "lora")}
     assert found >= {("loading", "parade"), ("memory", "parade"), ("exactness", "base")}
     for record in content["results"]:
         for name, value in record.items():
             # A short run's prefill may outlast the whole answer's, so single samples of a step mean nothing.
-            if name in ("ttft_ms", "tokens_per_s", "beam1_tokens_per_s", "beam3_tokens_per_s", "tables_mib", "seconds"):
+            if name in POSITIVE:
                 assert value > 0, record
 
 
