@@ -163,7 +163,7 @@ def test_list_of_another_length(llm: Any, few: list[ParadeRequest], method: str)
     from vllm.sampling_params import BeamSearchParams
 
     params = greedy() if method == "generate" else BeamSearchParams(beam_width=2, max_tokens=2)
-    with pytest.raises(VLLMValidationError, match="must be the same|same length"):
+    with pytest.raises(VLLMValidationError, match=r"\(2\) and parade_request \(1\) must be the same"):
         getattr(llm, method)(prompts([5, 5]), params, parade_request=[few[0]], use_tqdm=False)
     assert not llm.llm_engine.has_unfinished_requests()
 

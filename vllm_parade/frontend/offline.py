@@ -4,6 +4,8 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from vllm.exceptions import VLLMValidationError
+
 from vllm_parade.frontend.adapters import argument
 from vllm_parade.request import ParadeRequest
 
@@ -12,7 +14,7 @@ KEYWORD = "parade_request"
 
 def generate(wrapped: Callable[..., Any], instance: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Wraps LLM.generate, enqueue and chat: let `parade_request` travel where a LoRARequest would."""
-    return wrapped(*args, **_with_adapter(wrapped, args, kwargs))
+    return _called(wrapped, args, _with_adapter(wrapped, args, kwargs))
 
 
 def beam_search(wrapped: Callable[..., Any], instance: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -24,7 +26,18 @@ def beam_search(wrapped: Callable[..., Any], instance: Any, args: tuple, kwargs:
     given = kwargs["lora_request"]
     requests = given if isinstance(given, Sequence) else [given] * len(prompts)
     kwargs["lora_request"] = [request and request.for_beam_search() for request in requests]
-    return wrapped(*args, **kwargs)
+    return _called(wrapped, args, kwargs)
+
+
+def _called(wrapped: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+    """What vLLM finds wrong with the adapters is told under the name that the caller gave them."""
+    try:
+        return wrapped(*args, **kwargs)
+    except VLLMValidationError as error:
+        given = kwargs.get("lora_request")
+        if isinstance(given, Sequence) and any(isinstance(request, ParadeRequest) for request in given):
+            raise VLLMValidationError(str(error).replace("lora_request", KEYWORD)) from None
+        raise
 
 
 def _with_adapter(wrapped: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
