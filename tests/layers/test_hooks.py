@@ -60,14 +60,6 @@ class Attention(nn.Module):
         return torch.cat([query, key, value], dim=1)
 
 
-class Activation(nn.Module):
-    """Returns what the projection down would get."""
-
-    def forward(self, gate_up):
-        gate, up = gate_up.chunk(2, dim=1)
-        return F.silu(gate) * up
-
-
 class Layer(nn.Module):
     def __init__(self):
         super().__init__()
@@ -79,14 +71,12 @@ class Layer(nn.Module):
         self.self_attn.attn = Attention()
         self.mlp = nn.Module()
         self.mlp.gate_up_proj = Projection(2 * INTERMEDIATE, output_sizes=[INTERMEDIATE, INTERMEDIATE])
-        self.mlp.act_fn = Activation()
 
     def forward(self, hidden, residual=None):
         normed = self.input_layernorm(hidden, residual)
         attention_input = normed[0] if isinstance(normed, tuple) else normed
         qkv = self.self_attn.qkv_proj(attention_input)[0]
-        gate_up = self.mlp.gate_up_proj(attention_input)[0]
-        return self.self_attn.attn(*qkv.split([16, 8, 8], dim=1)), self.mlp.act_fn(gate_up)
+        return self.self_attn.attn(*qkv.split([16, 8, 8], dim=1)), self.mlp.gate_up_proj(attention_input)[0]
 
 
 def make_model():
@@ -188,10 +178,10 @@ def test_every_token_is_scaled_by_its_own_row():
     adjusted.batch.prepare([3, 0, 1], [5, 2, 5], [])
     rows = torch.tensor([3] * 5 + [0] * 2 + [1] * 5)
     q, v, up = table[rows].split([16, 8, INTERMEDIATE], dim=1)
-    qkv, activated = adjusted.run(0, hidden_states())
-    plain_qkv, plain_activated = adjusted.plain.layers[0](hidden_states())
+    qkv, gate_up = adjusted.run(0, hidden_states())
+    plain_qkv, plain_gate_up = adjusted.plain.layers[0](hidden_states())
     assert torch.equal(qkv, plain_qkv * torch.cat([q, torch.ones(TOKENS, 8), v], dim=1))
-    assert torch.equal(activated, plain_activated * up)
+    assert torch.equal(gate_up, plain_gate_up * torch.cat([torch.ones(TOKENS, INTERMEDIATE), up], dim=1))
 
 
 def test_all_five_sites_have_their_columns():
@@ -199,13 +189,10 @@ def test_all_five_sites_have_their_columns():
     table = adjusted.layers[0].table
     table[1] = torch.arange(table.shape[1])
     adjusted.batch.prepare([1], [TOKENS], [])
-    qkv, activated = adjusted.run(0, hidden_states())
-    plain = adjusted.plain.layers[0]
-    plain_qkv, _ = plain(hidden_states())
+    qkv, gate_up = adjusted.run(0, hidden_states())
+    plain_qkv, plain_gate_up = adjusted.plain.layers[0](hidden_states())
     assert torch.equal(qkv, plain_qkv * torch.arange(32))
-    gate_up = plain.mlp.gate_up_proj(F.rms_norm(hidden_states(), (HIDDEN,)))[0]
-    expected = plain.mlp.act_fn(gate_up * torch.arange(32, 32 + 2 * INTERMEDIATE))
-    torch.testing.assert_close(activated, expected)
+    assert torch.equal(gate_up, plain_gate_up * torch.arange(32, 32 + 2 * INTERMEDIATE))
 
 
 def test_a_layer_that_splits_otherwise_is_told():
@@ -215,11 +202,11 @@ def test_a_layer_that_splits_otherwise_is_told():
         parts.split([8, 8, 16], dim=-1)
 
 
-def test_a_module_without_sites_has_no_hook():
-    layer = Adjusted(("up",)).model.layers[0]
-    assert not layer.self_attn.qkv_proj._forward_hooks
-    assert not layer.mlp.gate_up_proj._forward_hooks
-    assert layer.mlp.act_fn._forward_hooks
+def test_a_projection_without_sites_has_no_hook():
+    adjusted = Adjusted(("up",))
+    attention = adjusted.model.layers[0].self_attn
+    assert not attention.qkv_proj._forward_hooks
+    assert adjusted.model.layers[0].mlp.gate_up_proj._forward_hooks
 
 
 @pytest.mark.parametrize("with_residual", [False, True])
@@ -317,11 +304,11 @@ class TestUnsupportedModels:
         with pytest.raises(UnsupportedModelError, match="no decoder layer with input_layernorm, self_attn and mlp"):
             self.adjust(nn.Linear(2, 2))
 
-    @pytest.mark.parametrize("name", ["self_attn.qkv_proj", "mlp.gate_up_proj", "mlp.act_fn"])
-    def test_other_modules(self, name):
-        model, (module, child) = make_model(), name.split(".")
+    @pytest.mark.parametrize(("module", "child"), [("self_attn", "qkv_proj"), ("mlp", "gate_up_proj")])
+    def test_other_modules(self, module, child):
+        model = make_model()
         delattr(getattr(model.layers[1], module), child)
-        with pytest.raises(UnsupportedModelError, match=f"layer layers.1 has no {name}"):
+        with pytest.raises(UnsupportedModelError, match=rf"layer layers\.1 has no {module}\.{child}"):
             self.adjust(model)
 
 

@@ -27,7 +27,7 @@ def decoder_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     module: Any
     for name, module in model.named_modules():
         if all(hasattr(module, child) for child in ("input_layernorm", "self_attn", "mlp")):
-            for parent, child in (("self_attn", "qkv_proj"), ("mlp", "gate_up_proj"), ("mlp", "act_fn")):
+            for parent, child in (("self_attn", "qkv_proj"), ("mlp", "gate_up_proj")):
                 if not hasattr(getattr(module, parent), child):
                     raise UnsupportedModelError(f"layer {name} has no {parent}.{child}")
             yield name, module
@@ -52,14 +52,12 @@ def adjust_model(
     layers: list[ParadeLayer] = []
     for name, module in decoder_layers(model):
         qkv, gate_up = module.self_attn.qkv_proj, module.mlp.gate_up_proj
-        gate, up = gate_up_shards(gate_up)
-        shards = {shard.name: shard for shard in (*qkv_shards(qkv), gate, up)}
+        shards = {shard.name: shard for shard in (*qkv_shards(qkv), *gate_up_shards(gate_up))}
         index = int(name.rsplit(".", 1)[-1])
         layer = ParadeLayer(index, [shards[site] for site in sites], num_rows, batch, device, dtype)
         _hook_norm(module.input_layernorm, layer)
-        _hook_output(qkv, qkv_shards(qkv), layer, _scale_parts)
-        _hook_output(gate_up, [gate], layer, _scale_gate)
-        _hook_output(module.mlp.act_fn, [up], layer, _scale_activated)
+        _hook_projection(qkv, qkv_shards(qkv), layer, _scale_parts)
+        _hook_projection(gate_up, gate_up_shards(gate_up), layer, _scale_output)
         layers.append(layer)
     if not layers:
         raise UnsupportedModelError("this worker has no decoder layer with input_layernorm, self_attn and mlp")
@@ -79,22 +77,24 @@ def _generate_vectors(norm: Any, args: tuple[Tensor, ...], output: Tensor | tupl
     torch.ops.vllm.parade_generate(layer_input, attention_input, norm.parade_table)
 
 
-def _hook_output(module: Any, shards: list[SiteShard], layer: ParadeLayer, hook: Callable[..., Any]) -> None:
-    """`shards` are the parts that the module's output begins with, in order."""
+def _hook_projection(projection: Any, shards: list[SiteShard], layer: ParadeLayer, hook: Callable[..., Any]) -> None:
+    """`shards` are the parts of the projection's output, in order."""
     ends = accumulate(shard.width for shard in layer.shards)
     columns = {shard.name: end - shard.width for shard, end in zip(layer.shards, ends, strict=True)}
     if any(shard.name in columns for shard in shards):
-        module.parade_parts = tuple((shard.width, columns.get(shard.name)) for shard in shards)
-        module.register_buffer("parade_table", layer.table, persistent=False)
-        module.register_buffer("parade_token_rows", layer.batch.token_rows, persistent=False)
-        module.register_forward_hook(hook)
+        projection.parade_parts = tuple((shard.width, columns.get(shard.name)) for shard in shards)
+        projection.register_buffer("parade_table", layer.table, persistent=False)
+        projection.register_buffer("parade_token_rows", layer.batch.token_rows, persistent=False)
+        projection.register_forward_hook(hook)
 
 
-def _vector(module: Any, column: int, width: int, num_tokens: int) -> Tensor:
-    """Each token's own row of some columns, [tokens, width]."""
-    # Rows are valid by construction: a check of every index would part the loads of a fused kernel by a barrier.
-    rows = module.parade_token_rows[:num_tokens]
-    return torch.ops.aten._unsafe_index.Tensor(module.parade_table[:, column : column + width], [rows])
+def _vectors(projection: Any, num_tokens: int) -> Iterator[tuple[int, Tensor | None]]:
+    """For every part of a projection's output its width and each token's own row [tokens, width], if it is scaled."""
+    rows: Tensor = projection.parade_token_rows[:num_tokens]
+    for width, column in projection.parade_parts:
+        # Rows are valid by construction: a check of every index would part the loads of a fused kernel by a barrier.
+        part = None if column is None else projection.parade_table[:, column : column + width]
+        yield width, None if part is None else torch.ops.aten._unsafe_index.Tensor(part, [rows])
 
 
 class ScaledParts:
@@ -121,23 +121,16 @@ class ScaledParts:
 
 def _scale_parts(projection: Any, args: tuple[Tensor, ...], output: tuple[Tensor, Any]) -> tuple[ScaledParts, Any]:
     result, bias = output
-    vectors = [
-        (width, None if column is None else _vector(projection, column, width, len(result)))
-        for width, column in projection.parade_parts
-    ]
-    return ScaledParts(result, vectors), bias
+    return ScaledParts(result, tuple(_vectors(projection, len(result)))), bias
 
 
-def _scale_gate(projection: Any, args: tuple[Tensor, ...], output: tuple[Tensor, Any]) -> None:
-    """Semantics: G' = l_g * G, where an adapter asks for it."""
-    ((width, column),) = projection.parade_parts
-    output[0][:, :width].mul_(_vector(projection, column, width, len(output[0])))
+def _scale_output(projection: Any, args: tuple[Tensor, ...], output: tuple[Tensor, Any]) -> None:
+    """Scaled here and not behind the activation, whose module vLLM passes by where it quantises what follows.
 
-
-def _scale_activated(activation: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    """Scaled behind the product with the gate, where a compiler needs no copy of a half of its input.
-
-    Semantics: act(G) * U' = (act(G) * U) * l_u  (5)
+    Semantics: U' = l_u * U; likewise the gate, where an adapter asks for it  (5)
     """
-    ((width, column),) = activation.parade_parts
-    return output * _vector(activation, column, width, len(output))
+    result, start = output[0], 0
+    for width, vector in _vectors(projection, len(result)):
+        if vector is not None:
+            result[:, start : start + width].mul_(vector)
+        start += width
