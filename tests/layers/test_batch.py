@@ -61,6 +61,19 @@ def test_long_instructions_are_cut_into_tiles():
     assert batch.step.tiles[:4].tolist() == [[0, 0], [0, 32], [1, 0], [1, 32]]
 
 
+def test_the_base_model_alone_costs_one_copy_at_most(batch):
+    """None where nothing has to be taken back."""
+    batch.prepare([2, 0], [4, 1], [GeneratorJob(row=2, start=0, length=4, slot=0, layout=LAYOUT)])
+    batch.prepare([0], [1], [])
+    assert batch.token_rows.tolist() == [0] * 8
+    assert batch.step.counts.tolist() == [0, 0, 0, 0]
+    written = batch.buffer._version
+    batch.prepare([0, 0], [5, 3], [])
+    assert batch.buffer._version == written
+    batch.prepare([0, 3], [1, 1], [])
+    assert batch.token_rows.tolist() == [0, 3, 0, 0, 0, 0, 0, 0]
+
+
 def test_clear_is_a_step_without_requests(batch):
     batch.prepare([1], [4], [GeneratorJob(row=1, start=0, length=4, slot=0, layout=LAYOUT)])
     batch.clear()

@@ -25,6 +25,8 @@ class BatchMetadata:
     """[workspace size] float32, what one kernel leaves for the next; None without kernels."""
     jobs: list[GeneratorJob] = field(default_factory=list)
     """The instructions of this step."""
+    is_clear: bool = True
+    """Whether all rows and counts in the buffer are zero: nothing but the base model runs."""
 
     @classmethod
     def make(cls, max_num_tokens: int, max_num_seqs: int, max_rank: int, device: torch.device) -> "BatchMetadata":
@@ -49,6 +51,11 @@ class BatchMetadata:
     def prepare(self, request_rows: list[int], request_tokens: list[int], jobs: list[GeneratorJob]) -> None:
         """Fill for a step: requests in batch order, with the row and the number of scheduled tokens of each."""
         self.jobs = jobs
+        # Where nobody uses an adapter, a step costs nothing.
+        nothing = not any(request_rows)
+        if nothing and self.is_clear:
+            return
+        self.is_clear = nothing
         step_start = self.step.counts.storage_offset()
         # Without instructions the counts alone say so; what stands behind them is not read.
         used = len(self.buffer) if jobs else step_start + len(self.step.counts)
@@ -64,4 +71,4 @@ class BatchMetadata:
     def clear(self) -> None:
         """Prepare for a run without requests (warm-up, profiling, graph capture)."""
         self.buffer.zero_()
-        self.jobs = []
+        self.jobs, self.is_clear = [], True

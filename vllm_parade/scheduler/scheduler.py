@@ -35,11 +35,18 @@ else:
 
 # Steps in which an instruction may find no room before running requests make some.
 PATIENCE = 4
+# Of a vLLM request: its instruction.
+ATTRIBUTE = "parade_instruction"
 
 
 def instruction_of(request: "Request") -> Instruction | None:
     """The instruction of a PARADE request; None for a request of the base model."""
-    return Instruction.from_extra_args(request.sampling_params and request.sampling_params.extra_args)
+    # Asked for in every step, so kept on the request.
+    known: dict[str, Any] = vars(request)
+    if ATTRIBUTE not in known:
+        known[ATTRIBUTE] = Instruction.from_extra_args(request.sampling_params and request.sampling_params.extra_args)
+    instruction: Instruction | None = known[ATTRIBUTE]
+    return instruction
 
 
 class ParadeSchedulerMixin(Base):
@@ -116,11 +123,12 @@ class ParadeSchedulerMixin(Base):
             request.skip_reading_prefix_cache = skip
 
     def _reserve_prefill_lookahead(self, request: "Request", num_computed_tokens: int, num_new_tokens: int) -> int:
-        instruction = self._unread(request)
-        if instruction is None and self.share is not None and request.status == RequestStatus.RUNNING:
-            num_new_tokens = max(0, min(num_new_tokens, self.share - self.drafting))
-            self.share -= num_new_tokens + self.drafting if num_new_tokens else 0
-        if instruction is not None:
+        if request.status == RequestStatus.RUNNING:
+            # Whoever runs holds a row, or needs none.
+            if self.share is not None:
+                num_new_tokens = max(0, min(num_new_tokens, self.share - self.drafting))
+                self.share -= num_new_tokens + self.drafting if num_new_tokens else 0
+        elif (instruction := self._unread(request)) is not None:
             if num_new_tokens < instruction.tokens:
                 self.step_squeezed = self.step_squeezed or request
             if num_computed_tokens > 0 or num_new_tokens < instruction.tokens or not self._can_generate(instruction):
@@ -142,25 +150,26 @@ class ParadeSchedulerMixin(Base):
         super()._update_after_schedule(scheduler_output)
 
     def _plan(self, scheduled: dict[str, int]) -> StepPlan:
-        # Most requests of a step hold their row already: their instruction need not be looked at.
-        new = {name: instruction_of(self.requests[name]) for name in scheduled if not self.rows.holds(name)}
-        unread = {}
-        # First those that find a row, so that making room for the others takes none of these.
-        for name, instruction in new.items():
-            if instruction is not None and instruction.key in self.rows:
-                self.rows.acquire(name, instruction.key)
-            elif instruction is not None:
+        rows, unread = {}, {}
+        # First those that hold or find a row, so that making room for the others takes none of these.
+        for name in scheduled:
+            if self.rows.holds(name):
+                rows[name] = self.rows.row(name)
+            elif (instruction := instruction_of(self.requests[name])) is None:
+                continue
+            elif instruction.key in self.rows:
+                rows[name] = self.rows.acquire(name, instruction.key)
+            else:
                 unread[name] = instruction
         instructions = {}
         for name, instruction in unread.items():
             if instruction.key in self.rows:
-                self.rows.acquire(name, instruction.key)
+                rows[name] = self.rows.acquire(name, instruction.key)
                 continue
             if self.requests[name].num_computed_tokens > 0 or scheduled[name] < instruction.tokens:
                 raise RuntimeError(f"request {name} was scheduled with a part of its instruction")
-            self.rows.allocate(name, instruction.key)
+            rows[name] = self.rows.allocate(name, instruction.key)
             instructions[name] = instruction
-        rows = {name: self.rows.row(name) for name in scheduled if self.rows.holds(name)}
         adapters = dict.fromkeys(instruction.adapter for instruction in instructions.values())
         upcoming = self._upcoming(adapters)
         for adapter in (*upcoming, *adapters):

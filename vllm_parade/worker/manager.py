@@ -2,6 +2,7 @@
 """The worker's PARADE manager, beside vLLM's LoRA manager: adapters, vector tables and the metadata of a step."""
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -84,14 +85,15 @@ class ParadeManager:
         """
         adapters = {instruction.adapter for instruction in plan.instructions.values()}
         slots = self.slots.activate(adapters)
-        jobs, start = [], 0
-        for request_id in request_ids:
-            instruction = plan.instructions.get(request_id)
-            if instruction is not None:
-                adapter = self.slots.host[instruction.adapter]
-                slot, row = slots[instruction.adapter], plan.rows[request_id]
-                jobs.append(GeneratorJob(row, start, instruction.tokens, slot, adapter.layout))
-            start += num_tokens[request_id]
         rows = [plan.rows.get(request_id, IDENTITY_ROW) for request_id in request_ids]
-        self.batch.prepare(rows, [num_tokens[request_id] for request_id in request_ids], jobs)
+        tokens = [num_tokens[request_id] for request_id in request_ids]
+        jobs = []
+        # Most steps only decode.
+        if plan.instructions:
+            for request_id, row, start in zip(request_ids, rows, accumulate(tokens, initial=0), strict=False):
+                instruction = plan.instructions.get(request_id)
+                if instruction is not None:
+                    layout = self.slots.host[instruction.adapter].layout
+                    jobs.append(GeneratorJob(row, start, instruction.tokens, slots[instruction.adapter], layout))
+        self.batch.prepare(rows, tokens, jobs)
         self.slots.prefetch(plan.upcoming)
