@@ -81,9 +81,9 @@ class WorkerExtension:
         ran: dict[str, tuple[int, float]] = {}
         for event in self.recorded.events():
             if event.device_type == device:
-                count, time = ran.get(event.name, (0, 0.0))
+                count, microseconds = ran.get(event.name, (0, 0.0))
                 more = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-                ran[event.name] = count + 1, time + more
+                ran[event.name] = count + 1, microseconds + more
         return ran
 
     def parade_static(self, static: bool) -> None:

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.stacked import Batch, Hyperparameters, Pair, Stack, Steps, collate, fuse_norms
+from benchmarks.batch import Batch, Pair, collate
+from benchmarks.stacked import Hyperparameters, Stack, Steps, fuse_norms
 from vllm_parade.inspect import prompt_dependence
 from vllm_parade.train.data import IGNORED_LABEL, encode, encode_prompt, pad_left
 from vllm_parade.train.readers import Example

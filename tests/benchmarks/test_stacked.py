@@ -8,7 +8,8 @@ import torch
 from peft import get_peft_model, set_peft_model_state_dict
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.stacked import Batch, Hyperparameters, Pair, Stack, Steps, collate, fuse_norms
+from benchmarks.batch import Batch, Pair, collate
+from benchmarks.stacked import Hyperparameters, Stack, Steps, fuse_norms
 from tests.tuner.models import make
 from vllm_parade.train.methods import peft_config
 

@@ -121,8 +121,8 @@ def test_nobody_reads_what_is_anothers(make_engine, sizes, depth, events):
     simulation = Simulation(make_engine(**sizes, **depth))
     for event, *arguments in events:
         getattr(simulation, event)(*arguments)
-    # In the end everybody is served: nothing is stuck. With one seat, a token comes once the steps ahead have run.
-    for _ in range(400 * (1 + depth["pipeline"])):
+    # In the end everybody is served: nothing is stuck. With one seat, a token comes once the stages are through.
+    for _ in range(400 * depth["stages"]):
         if not simulation.scheduler.requests:
             break
         simulation.step()

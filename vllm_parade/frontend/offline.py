@@ -35,7 +35,8 @@ def _called(wrapped: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) ->
         return wrapped(*args, **kwargs)
     except VLLMValidationError as error:
         given = kwargs.get("lora_request")
-        if isinstance(given, Sequence) and any(isinstance(request, ParadeRequest) for request in given):
+        ours = isinstance(given, Sequence) and any(isinstance(request, ParadeRequest) for request in given)
+        if ours and "lora_request" in str(error):
             raise VLLMValidationError(str(error).replace("lora_request", KEYWORD)) from None
         raise
 
