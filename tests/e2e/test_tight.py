@@ -4,11 +4,9 @@ from typing import Any
 
 import pytest
 
-from tests.adapters import INNER, make_adapter
 from tests.engines import engine, greedy, prompts, record_steps, scheduler
 from tests.oracle import Oracle
 from vllm_parade import ParadeRequest
-from vllm_parade.adapter import BaseModelShape
 
 pytestmark = pytest.mark.engine
 
@@ -106,26 +104,6 @@ def test_compiled(smollm: str, oracle: Oracle, variants: dict[str, ParadeRequest
             use_tqdm=False,
         )
     oracle.check(outputs, requests)
-
-
-def test_two_ranks(tiny: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from transformers import AutoConfig
-
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    shape = BaseModelShape.from_hf_config(AutoConfig.from_pretrained(tiny))
-    a = make_adapter(tmp_path / "a", shape, 1, inner=INNER)
-    five = make_adapter(
-        tmp_path / "five", shape, 2, inner=INNER, sites=("q", "k", "v", "gate", "up"), r=8, num_capsules=2
-    )
-    requests = [None, a, five] * 4
-    lengths = [1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 120, 200]
-    options = {"enable_parade": True, "parade_sites": ["q", "k", "v", "gate", "up"], "max_parades": 1}
-    with engine(tiny, tensor_parallel_size=2, skip_tokenizer_init=True, max_cpu_parades=4, **options) as llm:
-        outputs = llm.generate(
-            prompts(lengths, vocab=512), greedy(detokenize=False), parade_request=requests, use_tqdm=False
-        )
-    Oracle(tiny).check(outputs, requests)
 
 
 def record_preemptions(llm: Any, preempted: list[str]) -> None:

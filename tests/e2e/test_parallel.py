@@ -1,4 +1,5 @@
-"""Two stages, each with a part of the layers, and steps under way in both: planned before the last one has answered."""
+"""Two ranks, each with a part of every layer; and two stages, each with a part of the layers and a step under way in
+both: planned before the last one has answered."""
 
 import os
 from itertools import cycle, islice
@@ -59,6 +60,9 @@ def processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What engine core and workers, which are processes of their own, find in their environment."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    if torch.cuda.is_available():
+        # Other tests have used this process's GPU, and a fork cannot go on with it.
+        monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     if INTERPRETED:
         (tmp_path / "sitecustomize.py").write_text("import tests.interpreter\n\ntests.interpreter.install()\n")
         path = [str(tmp_path), str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
@@ -89,3 +93,21 @@ def test_two_stages(tiny: str, adapters: list[ParadeRequest]) -> None:
 @pytest.mark.parametrize("tiny", [2], ids=["kv2"], indirect=True)
 def test_two_stages_under_model_runner_v2(tiny: str, adapters: list[ParadeRequest]) -> None:
     check(tiny, [40, 50, 60, 30, 45, 55], 30, adapters, num_gpu_blocks_override=8)
+
+
+def test_two_ranks(tiny: str, tmp_path: Path) -> None:
+    from transformers import AutoConfig
+
+    shape = BaseModelShape.from_hf_config(AutoConfig.from_pretrained(tiny))
+    a = make_adapter(tmp_path / "a", shape, 1, inner=INNER)
+    five = make_adapter(
+        tmp_path / "five", shape, 2, inner=INNER, sites=("q", "k", "v", "gate", "up"), r=8, num_capsules=2
+    )
+    requests = [None, a, five] * 4
+    lengths = [1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 120, 200]
+    options = {"enable_parade": True, "parade_sites": ["q", "k", "v", "gate", "up"], "max_parades": 1}
+    with engine(tiny, tensor_parallel_size=2, skip_tokenizer_init=True, max_cpu_parades=4, **options) as llm:
+        outputs = llm.generate(
+            prompts(lengths, vocab=512), greedy(detokenize=False), parade_request=requests, use_tqdm=False
+        )
+    Oracle(tiny).check(outputs, requests)
