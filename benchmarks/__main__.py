@@ -18,7 +18,7 @@ from benchmarks.engine import VARIANTS, Settings
 from benchmarks.models import SIZES
 from benchmarks.workloads import WORKLOADS, Record
 
-STUDY_PARTS = ("mixture", "conditions", "variants", "budgets", "tasks")
+STUDY_PARTS = ("mixture", "senders", "conditions", "variants", "budgets", "tasks")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -97,7 +97,7 @@ def study(args: argparse.Namespace) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from benchmarks.plan import ALL_TASKS, plan, study_table
+    from benchmarks.plan import plan, study_tables
     from benchmarks.report import save
     from benchmarks.study import Study
 
@@ -106,7 +106,7 @@ def study(args: argparse.Namespace) -> None:
     base = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(device)
     planned = [group for part in args.parts for group in plan(part)]
     groups = [g for g in planned if not args.only or any(name in f"{g.name}, {g.method}" for name in args.only)]
-    folders = {task: args.data / task for task in ALL_TASKS if any(task in group.tasks for group in groups)}
+    folders = {task: args.data / task for group in groups for task in group.tasks}
     deadline = time.monotonic() + 60 * args.minutes
     found, results = Study(base, tokenizer, folders, deadline=deadline), []
     for group in groups:
@@ -116,8 +116,8 @@ def study(args: argparse.Namespace) -> None:
         mine = list(found.records(replace(group, steps=args.steps or group.steps)))
         results += mine
         save(args.out, vars(args), results)
-        print(study_table(mine), f"{mine[0]['group_s']:.0f} s", flush=True)
-    print(study_table(results))
+        print(study_tables(mine), f"{mine[0]['group_s']:.0f} s", flush=True)
+    print(study_tables(results))
 
 
 def cluster(args: argparse.Namespace) -> None:
@@ -143,7 +143,7 @@ def plot(args: argparse.Namespace) -> None:
 
 def show(args: argparse.Namespace) -> None:
     """Tables of saved results, those of several files together."""
-    from benchmarks.plan import study_table
+    from benchmarks.plan import study_tables
     from benchmarks.report import tables
 
     contents = [json.loads(file.read_text()) for file in args.results]
@@ -152,7 +152,7 @@ def show(args: argparse.Namespace) -> None:
     records = [record for content in contents for record in content["results"]]
     print(tables(records))
     if studied := [record for record in records if record["workload"] == "study"]:
-        print(study_table(studied))
+        print(study_tables(studied))
 
 
 def _layout(text: str) -> tuple[int, int]:

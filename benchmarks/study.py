@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.batch import Batch, Pair, collate
+from benchmarks.senders import SENDERS_TASK
 from benchmarks.stacked import Hyperparameters, Stack, Steps, fuse_norms
 from vllm_parade.inspect import prompt_dependence
 from vllm_parade.train.data import IGNORED_LABEL, encode, encode_prompt, pad_left
@@ -23,6 +24,7 @@ from vllm_parade.train.readers import Example
 from vllm_parade.train.tasks import TASKS, Task
 
 Record = dict[str, Any]
+STUDIED = {**TASKS, SENDERS_TASK.name: SENDERS_TASK}
 POOL = 20
 WARM_UP = 0.06
 EVAL_EVERY = 100
@@ -81,7 +83,7 @@ class Study:
         deadline: float = float("inf"),
     ) -> None:
         self.base, self.tokenizer, self.eval_every, self.deadline = base, tokenizer, eval_every, deadline
-        self.data = {name: Data(tokenizer, TASKS[name], folder) for name, folder in folders.items()}
+        self.data = {name: Data(tokenizer, STUDIED[name], folder) for name, folder in folders.items()}
         self.device = next(base.parameters()).device
         self.around = template_size(tokenizer)
         fuse_norms(base)
@@ -92,6 +94,8 @@ class Study:
         try:
             trained = self._train(stack, group, clock)
             measured = [self._measure(stack, group, name) for name in group.tasks]
+            if group.method == "parade":
+                measured.append(self._dependence(stack, group))
             clock.lap("measure_s")
         finally:
             stack.remove()
@@ -119,13 +123,13 @@ class Study:
         """Train; every run's parameters are then those of its lowest dev loss.
 
         Returns:
-            of every run its lowest dev loss, the step of it and the steps done
+            of every run its lowest dev loss, mean over the tasks and of each, the step of it and the steps done
         """
         batches = self._batches(group)
         sizes = {batch.ids.shape: batch for batch in batches}
         take_step = Steps(stack, list(sizes.values()))
         dev = {name: self._batch(self.data[name].dev * len(group.runs), group).to(self.device) for name in group.tasks}
-        best, lowest = stack.flat.detach().clone(), torch.full([len(group.runs)], float("inf"), device=self.device)
+        best, lowest = stack.flat.detach().clone(), self._dev_losses(stack, dev)
         best_steps = torch.zeros(len(group.runs), dtype=torch.long, device=self.device)
         clock.lap("prepare_s")
         for step, batch in enumerate(batches, 1):
@@ -136,17 +140,22 @@ class Study:
             self._wait()
             clock.lap("train_s")
             losses = self._dev_losses(stack, dev)
-            better = losses < lowest
+            better = losses.mean(dim=0) < lowest.mean(dim=0)
             lowest, best_steps = torch.where(better, losses, lowest), torch.where(better, step, best_steps)
             best = torch.where(better[:, None], stack.flat.detach(), best)
             text = f"{group.name}, {group.method}: step {step} after {clock.total():.1f} s"
-            print(f"{text}, lowest dev loss {lowest.min().item():.4f}", flush=True)
+            print(f"{text}, lowest dev loss {lowest.mean(dim=0).min().item():.4f}", flush=True)
             clock.lap("dev_s")
             if last:
                 break
         with torch.no_grad():
             stack.flat.copy_(best)
-        return {"dev_loss": lowest.tolist(), "best_step": best_steps.tolist(), "steps_done": [step] * len(lowest)}
+        return {
+            "dev_loss": lowest.mean(dim=0).tolist(),
+            **{f"{name}_dev_loss": losses.tolist() for name, losses in zip(dev, lowest, strict=True)},
+            "best_step": best_steps.tolist(),
+            "steps_done": [step] * len(group.runs),
+        }
 
     def _batches(self, group: Group) -> list[Batch]:
         """All runs' batches, a step each, every run's pairs in the order of its seed; a step's are about as long."""
@@ -180,8 +189,8 @@ class Study:
 
     @torch.no_grad()
     def _dev_losses(self, stack: Stack, dev: dict[str, Batch]) -> Tensor:
-        """Mean over the tasks of the dev loss, for every run."""
-        return torch.stack([stack.losses(batch) for batch in dev.values()]).mean(dim=0)
+        """Dev loss of every task for every run, [tasks, runs]."""
+        return torch.stack([stack.losses(batch) for batch in dev.values()])
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
@@ -191,11 +200,10 @@ class Study:
 
     @torch.no_grad()
     def _measure(self, stack: Stack, group: Group, name: str) -> dict[str, list[Any]]:
-        """The task's metric for every run; of PARADE also dependence on the prompt, and the metric without it."""
+        """The task's metric for every run; of PARADE also with another prompt's vectors for every prompt."""
         measured: dict[str, list[Any]] = {name: self._scores(stack, group, name)}
         if group.method == "parade":
             measured[f"{name}_swapped"] = self._scores(stack, group, name, shift=1)
-            measured[f"{name}_dependence"] = self._dependence(stack, group, name)
         return measured
 
     def _scores(self, stack: Stack, group: Group, name: str, shift: int = 0) -> list[float]:
@@ -225,15 +233,25 @@ class Study:
         texts = self.tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         return [text.strip() for text in texts]
 
-    def _dependence(self, stack: Stack, group: Group, name: str) -> list[dict[str, float]]:
-        """How much every run's vectors differ between prompts, of one pass."""
-        stack.hidden(self._before_answers(group, self.data[name].prompts[:PROMPTS]))
-        found = {
-            layer: torch.cat(parts, dim=1).float().chunk(len(group.runs)) for layer, parts in stack.vectors.items()
-        }
-        return [
-            prompt_dependence({layer: parts[run] for layer, parts in found.items()}) for run in range(len(group.runs))
+    @torch.no_grad()
+    def _dependence(self, stack: Stack, group: Group) -> dict[str, list[dict[str, float]]]:
+        """How much every run's vectors differ between prompts: those of each task, and those of all."""
+        found = {name: self._vectors(stack, group, name) for name in group.tasks}
+        every = [
+            {layer: torch.cat([vectors[run][layer] for vectors in found.values()]) for layer in stack.vectors}
+            for run in range(len(group.runs))
         ]
+        return {
+            "dependence": [prompt_dependence(vectors) for vectors in every],
+            **{f"{name}_dependence": [prompt_dependence(run) for run in vectors] for name, vectors in found.items()},
+        }
+
+    def _vectors(self, stack: Stack, group: Group, name: str) -> list[dict[int, Tensor]]:
+        """Every run's vectors of a pass over a task's prompts, [prompts, d_out], by layer."""
+        stack.hidden(self._before_answers(group, self.data[name].prompts[:PROMPTS]))
+        runs = range(len(group.runs))
+        by_layer = {layer: torch.cat(parts, dim=1).float().chunk(len(runs)) for layer, parts in stack.vectors.items()}
+        return [{layer: parts[run] for layer, parts in by_layer.items()} for run in runs]
 
     def _before_answers(self, group: Group, prompts: list[list[int]]) -> Batch:
         """Prompts, once for every run, whose places are those that predict an answer's first token."""

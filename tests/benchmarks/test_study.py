@@ -9,11 +9,15 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.__main__ import STUDY_PARTS
-from benchmarks.plan import PARTS, best_rate, plan, study_table
+from benchmarks.plan import PARTS, best_rate, plan, study_tables
+from benchmarks.senders import SENDERS, read_senders
 from benchmarks.stacked import Hyperparameters
 from benchmarks.study import Group, Study, template_size
+from tests.tasks import write_sst2
 from vllm_parade.train.data import encode_prompt
 from vllm_parade.train.methods import peft_config
+from vllm_parade.train.readers import read_sst2
+from vllm_parade.train.templates import SST2_ANSWERS
 
 RUNS = (Hyperparameters(3e-2, 0), Hyperparameters(3e-2, 1))
 
@@ -33,7 +37,7 @@ def test_every_part_can_be_run() -> None:
         groups = list(plan(part))
         assert groups
         for group in groups:
-            assert len(group.runs) == 9
+            assert {run.seed for run in group.runs} == {0, 1, 2}
             peft_config(group.method, group.settings)
 
 
@@ -46,10 +50,11 @@ def test_a_group_is_trained_and_measured(study: Study, own_words: bool) -> None:
     first = records[0]
     assert first["best_step"] in (5, 10)
     assert first["steps_done"] == 10
-    assert first["dev_loss"] < 12
+    assert first["dev_loss"] == first["sst2_dev_loss"] < 12
     assert 0 <= first["sst2"] <= 100
     assert 0 <= first["sst2_swapped"] <= 100
-    assert first["sst2_dependence"]["ratio"] > 0
+    # Of one task, all prompts are its own.
+    assert first["dependence"]["ratio"] == first["sst2_dependence"]["ratio"] > 0
     assert first["parameters"] == 2 * (32 * 8 + 8 * 112 + 8 * 8 + 4 * 8 + 112)
     # The base model is as it was.
     assert not any(module._forward_hooks for module in study.base.modules())
@@ -84,9 +89,20 @@ def test_own_words_leave_the_template_out(study: Study) -> None:
         assert found == list(range(start + before, start + len(prompt) - after))
 
 
+def test_every_other_sender_wants_the_opposite(tmp_path: Path) -> None:
+    (tmp_path / "sst2").mkdir()
+    plain, sent = read_sst2(write_sst2(tmp_path / "sst2")), read_senders(tmp_path / "senders")
+    assert len(sent.train) == len(plain.train) > len(SENDERS)
+    for number, (mine, other) in enumerate(zip(sent.test, plain.test, strict=True)):
+        assert mine.prompt == f"{SENDERS[number % len(SENDERS)]} asks: {other.prompt}"
+        assert (mine.responses == other.responses) == (number % 2 == 0)
+    assert {example.responses[0] for example in sent.test} <= set(SST2_ANSWERS)
+
+
 def record(lr: float, seed: int, dev_loss: float, **values: Any) -> dict[str, Any]:
+    swapped = {"sst2_swapped": values["sst2"] - 5, "sst2_dependence": {"ratio": lr}, "dependence": {"ratio": 2 * lr}}
     group = {"group": "g", "variant": "parade", "tasks": ["sst2"], "parameters": 1234}
-    return {**group, "lr": lr, "seed": seed, "dev_loss": dev_loss, **values}
+    return {**group, "lr": lr, "seed": seed, "dev_loss": dev_loss, **swapped, **values}
 
 
 def test_tables_take_the_rate_of_the_lowest_median_dev_loss() -> None:
@@ -94,5 +110,6 @@ def test_tables_take_the_rate_of_the_lowest_median_dev_loss() -> None:
     slow = [record(1e-3, seed, loss, sst2=80.0 + seed) for seed, loss in enumerate((0.5, 0.4, 0.6))]
     fast = [record(1e-2, seed, loss, sst2=50.0) for seed, loss in enumerate((0.1, 0.9, 0.9))]
     assert best_rate(slow + fast) == slow
-    line = study_table(slow + fast).splitlines()[2]
-    assert "| 1,234 | 0.001 | 3 | 0.500 (0.400 to 0.600) | 81.0 (80.0 to 82.0) |" in line
+    quality, worth = (table.splitlines() for table in study_tables(slow + fast).split("\n\n"))
+    assert quality[2] == "| g | parade | 1,234 | 0.001 | 3 | 0.500 (0.400 to 0.600) | 81.0 (80.0 to 82.0) |"
+    assert worth[2] == "| g | 0.002 (0.002 to 0.002) | 0.001 (0.001 to 0.001) | 5.0 (5.0 to 5.0) |"
