@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The study: what it runs, what it measures, and its tables."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from vllm_parade.train.methods import peft_config
 from vllm_parade.train.readers import read_sst2
 from vllm_parade.train.templates import SST2_ANSWERS
 
+ROOT = Path(__file__).parents[2]
 RUNS = (Hyperparameters(3e-2, 0), Hyperparameters(3e-2, 1))
 
 
@@ -113,3 +115,12 @@ def test_tables_take_the_rate_of_the_lowest_median_dev_loss() -> None:
     quality, worth = (table.splitlines() for table in study_tables(slow + fast).split("\n\n"))
     assert quality[2] == "| g | parade | 1,234 | 0.001 | 3 | 0.500 (0.400 to 0.600) | 81.0 (80.0 to 82.0) |"
     assert worth[2] == "| g | 0.002 (0.002 to 0.002) | 0.001 (0.001 to 0.001) | 5.0 (5.0 to 5.0) |"
+
+
+def test_the_documented_tables_are_those_of_the_results() -> None:
+    results = [f"benchmarks/results/study-h200-{part}.json" for part in ("mixture", "conditions")]
+    records = [record for path in results for record in json.loads((ROOT / path).read_text())["results"]]
+    text = (ROOT / "docs/study.md").read_text()
+    assert all(path in text for path in results)
+    for table in study_tables(records).split("\n\n"):
+        assert table in text
