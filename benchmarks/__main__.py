@@ -11,8 +11,10 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Barrier
 
 from benchmarks.engine import VARIANTS, Settings
 from benchmarks.models import SIZES
@@ -25,7 +27,10 @@ def run(args: argparse.Namespace) -> None:
     """Offline engines."""
     from benchmarks.measure import measure
 
-    _variants(args, lambda settings: measure(replace(settings, workloads=args.workloads, repeats=args.repeats)))
+    def measure_workloads(settings: Settings, together: Barrier | None) -> list[Record]:
+        return measure(replace(settings, workloads=args.workloads, repeats=args.repeats), together)
+
+    _variants(args, measure_workloads, args.side_by_side)
 
 
 def parallel(args: argparse.Namespace) -> None:
@@ -33,45 +38,58 @@ def parallel(args: argparse.Namespace) -> None:
     from benchmarks.measure import measure
     from benchmarks.report import LAYOUT
 
-    def measure_layouts(settings: Settings) -> list[Record]:
+    def measure_layouts(settings: Settings, together: Barrier | None) -> list[Record]:
         results = []
         for tensor, pipeline in args.layouts:
             sizes = {"tensor_parallel_size": tensor, "pipeline_parallel_size": pipeline}
             engine = {**settings.engine, **sizes}
             chosen = replace(settings, engine=engine, workloads=args.workloads, repeats=args.repeats)
-            results += [{LAYOUT: f"TP={tensor} PP={pipeline}", **record} for record in measure(chosen)]
+            results += [{LAYOUT: f"TP={tensor} PP={pipeline}", **record} for record in measure(chosen, together)]
         return results
 
-    _variants(args, measure_layouts)
+    _variants(args, measure_layouts, args.side_by_side)
 
 
 def serve(args: argparse.Namespace) -> None:
     """Servers under recorded traffic."""
     from benchmarks.serve import measure_server
 
-    _variants(args, lambda settings: measure_server(settings, args.trace, args.requests, args.speed))
+    _variants(args, lambda settings, _: measure_server(settings, args.trace, args.requests, args.speed))
 
 
-def _variants(args: argparse.Namespace, measure: Callable[[Settings], list[Record]]) -> None:
-    """The gate, then the variants one after the other; what is done is saved, whatever becomes of the next."""
+def _variants(
+    args: argparse.Namespace,
+    measure: Callable[[Settings, Barrier | None], list[Record]],
+    side_by_side: bool = False,
+) -> None:
+    """The gate, then the variants one after the other, or side by side; what is done is saved, whatever comes next."""
     from benchmarks.exactness import gate
     from benchmarks.report import save, tables
 
     args.folder.mkdir(parents=True, exist_ok=True)
     results = [] if args.skip_gate else gate(args.folder, args.engine)
-    for variant in args.variants:
-        results += measure(
-            Settings(
-                variant=variant,
-                size=args.size,
-                folder=str(args.folder),
-                adapters=args.adapters,
-                slots=args.slots,
-                kv_cache_gib=args.kv_cache_gib,
-                engine=args.engine,
-            )
+    settings = [
+        Settings(
+            variant=variant,
+            size=args.size,
+            folder=str(args.folder),
+            adapters=args.adapters,
+            slots=args.slots,
+            kv_cache_gib=args.kv_cache_gib,
+            engine=args.engine,
         )
-        save(args.out, vars(args), results)
+        for variant in args.variants
+    ]
+    together = None
+    if side_by_side:
+        # With a KV cache of a given size, vLLM only compares this with what is free.
+        engine = {"gpu_memory_utilization": 0.9 / len(settings), **args.engine}
+        settings = [replace(each, engine=engine, turns=str(args.folder / "turns")) for each in settings]
+        together = Barrier(len(settings))
+    with ThreadPoolExecutor(len(settings) if side_by_side else 1) as pool:
+        for found in pool.map(lambda each: measure(each, together), settings):
+            results += found
+            save(args.out, vars(args), results)
     print(tables(results))
 
 
@@ -184,6 +202,8 @@ def _variant_flags(sub: argparse.ArgumentParser, adapters: int) -> None:
 def _workload_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("workloads", nargs="+", choices=WORKLOADS, metavar="WORKLOAD", help=", ".join(WORKLOADS))
     sub.add_argument("--repeats", type=int, default=3, help="of long runs; short ones get more (default: %(default)s)")
+    text = "start all engines at once, which must fit together, and let them measure in turns: none on a warmer card"
+    sub.add_argument("--side-by-side", action="store_true", help=text)
     _variant_flags(sub, adapters=256)
 
 

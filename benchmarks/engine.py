@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """One engine of a variant with its adapters, and what a worker is asked while measuring."""
 
+import fcntl
 import json
 import random
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,8 @@ class Settings:
     kv_cache_gib: float = 44
     engine: dict[str, Any] = field(default_factory=dict)
     """Further engine arguments, the same for all variants."""
+    turns: str = ""
+    """A file that processes which run side by side lock in turn, each for a round of samples."""
 
     def to_json(self) -> str:
         """The form that `from_json` reads."""
@@ -127,6 +131,7 @@ class Variant:
         self.adapters = self._adapters(folder)
         self.keyword = "lora_request" if self.name == "lora" else "parade_request"
         self._random = random.Random(0)
+        self.turn = Turn(settings.turns)
         started = time.perf_counter()
         self.llm = LLM(str(folder), **settings.engine_arguments(), **options)
         self.start_s = time.perf_counter() - started
@@ -159,9 +164,10 @@ class Variant:
 
     def ask(self, prompts: list[dict[str, list[int]]], tokens: int, requests: Sequence[Any] = ()) -> float:
         """Seconds for these prompts, likewise."""
-        started = time.perf_counter()
-        self.outputs(prompts, tokens, requests)
-        return time.perf_counter() - started
+        with self.turn():
+            started = time.perf_counter()
+            self.outputs(prompts, tokens, requests)
+            return time.perf_counter() - started
 
     def outputs(self, prompts: list[dict[str, list[int]]], tokens: int, requests: Sequence[Any]) -> list[Any]:
         """vLLM's outputs for these prompts, each with the next adapter."""
@@ -178,7 +184,8 @@ class Variant:
         It is what the request waited for its tokens that began last, when all others decoded; they end a few steps
         before it.
         """
-        outputs = self.outputs(self.prompts(batch, length), tokens, requests)
+        with self.turn():
+            outputs = self.outputs(self.prompts(batch, length), tokens, requests)
         last = max((output.metrics for output in outputs), key=lambda times: times.first_token_ts)
         return (last.last_token_ts - last.first_token_ts) / (tokens - 1)
 
@@ -188,9 +195,10 @@ class Variant:
 
         prompts, chosen = self.prompts(1, length), self.chosen(requests, 1)
         params = BeamSearchParams(beam_width=width, max_tokens=tokens, ignore_eos=True)
-        started = time.perf_counter()
-        self.llm.beam_search(prompts, params, **chosen)
-        return time.perf_counter() - started
+        with self.turn():
+            started = time.perf_counter()
+            self.llm.beam_search(prompts, params, **chosen)
+            return time.perf_counter() - started
 
     def set_static(self, static: bool) -> None:
         """Whether rows keep the vectors they have, so that no generator runs."""
@@ -210,6 +218,27 @@ class Variant:
         if self.name != "parade":
             return {}
         return {f"{part}_mib": size / 2**20 for part, size in self.llm.collective_rpc("parade_bytes")[0].items()}
+
+
+class Turn:
+    """A file's lock, so that nobody else who asks for a turn runs meanwhile; without a file there is nobody else."""
+
+    def __init__(self, path: str) -> None:
+        self.path, self._taken = path, False
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Wait for one's turn; within it, another one is the same."""
+        if not self.path or self._taken:
+            yield
+            return
+        with open(self.path, "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            self._taken = True
+            yield
+            self._taken = False
+        # Whoever waits is to be next.
+        time.sleep(0.01)
 
 
 def used_mib() -> float | None:

@@ -11,18 +11,23 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from threading import Barrier
 from typing import Any
 
 from benchmarks.engine import Settings, Variant, used_mib
 from benchmarks.workloads import WORKLOADS, Measured, Record, touch
 
 MARK = "RESULT "
+STARTED = "RESULTS START"
 END = "RESULTS END"
 
 
 def records(settings: Settings) -> Iterator[Record]:
     """Everything that is measured with one engine."""
     variant = Variant(settings)
+    if settings.turns:
+        print(STARTED, flush=True)
+        sys.stdin.readline()
     start_mib = used_mib()
     yield {"workload": "start", "variant": variant.name, "seconds": variant.start_s}
     if variant.adapters:
@@ -33,31 +38,46 @@ def records(settings: Settings) -> Iterator[Record]:
     measured = Measured(variant)
     for name in settings.workloads:
         yield from WORKLOADS[name](measured)
+    if settings.turns:
+        # The device's memory is not this engine's alone.
+        return
     # Allocators keep what they once took, so the end shows the peak.
     memory = {"start_mib": start_mib, "peak_mib": used_mib(), **variant.parade_mib()}
     yield {"workload": "memory", "variant": variant.name, **memory}
 
 
-def results_of(command: list[str]) -> list[dict[str, Any]]:
+def results_of(command: list[str], together: Barrier | None = None) -> list[dict[str, Any]]:
     """Result lines of a command, all of whose output is passed on.
 
     How long an engine takes to shut down is not measured, nor waited for: its processes are killed.
+
+    Args:
+        together: of commands side by side, none goes on before all have started, nor is killed before all have ended
 
     Raises:
         SystemExit: the command failed.
     """
     results, ended = [], False
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, start_new_session=True) as process:
+        assert process.stdin is not None
         assert process.stdout is not None
         try:
             for line in process.stdout:
                 print(line, end="", flush=True)
                 if line.startswith(MARK):
                     results.append(json.loads(line.removeprefix(MARK)))
+                if line.strip() == STARTED and together is not None:
+                    together.wait()
+                    print(file=process.stdin, flush=True)
                 if line.strip() == END:
+                    if together is not None:
+                        together.wait()
                     ended = True
                     break
         finally:
+            if not ended and together is not None:
+                together.abort()
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
     if not ended:
@@ -65,9 +85,9 @@ def results_of(command: list[str]) -> list[dict[str, Any]]:
     return results
 
 
-def measure(settings: Settings) -> list[dict[str, Any]]:
+def measure(settings: Settings, together: Barrier | None = None) -> list[dict[str, Any]]:
     """Results of one variant, measured by a process of its own."""
-    return results_of([sys.executable, "-m", "benchmarks.measure", settings.to_json()])
+    return results_of([sys.executable, "-m", "benchmarks.measure", settings.to_json()], together)
 
 
 def prepare_environment() -> None:

@@ -68,20 +68,29 @@ TABLES = {
 
 def machine() -> Record:
     """Card, versions and commit that the figures belong to."""
-    from vllm.platforms import current_platform
-
     import vllm_parade
 
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return {
-        # Asked of the driver: the benchmark's own process must not take device memory.
-        "card": current_platform.get_device_name(),
+        "card": _card(),
         "python": platform.python_version(),
         **{package: _version(package) for package in ("torch", "triton", "vllm")},
         "vllm_parade": vllm_parade.__version__,
         "commit": git.stdout.strip() or None,
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def _card() -> str:
+    try:
+        from vllm.platforms import current_platform
+    except ImportError:
+        # The study needs no vLLM; its process uses the device anyway.
+        import torch
+
+        return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    # Asked of the driver: a process that only starts others must not take device memory.
+    return str(current_platform.get_device_name())
 
 
 def _version(package: str) -> str | None:

@@ -73,9 +73,10 @@ class Measured:
         alike."""
         samples: dict[str, list[float]] = {name: [] for name in self.users}
         for number in range(repeats + 1):
-            for name, requests in self.users.items():
-                seconds = run(requests)
-                samples[name] += [seconds] if number else []
+            with self.variant.turn():
+                for name, requests in self.users.items():
+                    seconds = run(requests)
+                    samples[name] += [seconds] if number else []
         return samples
 
 

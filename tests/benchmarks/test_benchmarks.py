@@ -5,13 +5,18 @@ import json
 import random
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier, BrokenBarrierError
 from typing import Any
 
 import pytest
 
 from benchmarks.cluster import RULES
+from benchmarks.engine import Turn
 from benchmarks.exactness import BFLOAT16_BOUND, bfloat16_ratios, failures
+from benchmarks.measure import END, MARK, STARTED, results_of
 from benchmarks.models import SIZES, make_model, make_parades
 from benchmarks.report import table, tables, with_beside
 from benchmarks.serve import MAX_PROMPT, write_replay
@@ -103,6 +108,40 @@ def test_popularity():
     assert len(set(uniform)) == 100
     assert drawn(names, 5, "zipf") == drawn(names, 5, "zipf")
     assert drawn([], 5, "uniform") == []
+
+
+def test_whoever_measures_side_by_side_waits_for_a_turn(tmp_path: Path):
+    turns, order = [Turn(str(tmp_path / "turns")) for _ in range(2)], []
+
+    def measure(number: int) -> None:
+        for _ in range(3):
+            with turns[number](), turns[number]():
+                order.append(number)
+                time.sleep(0.02)
+                order.append(number)
+
+    with ThreadPoolExecutor(2) as pool:
+        assert not any(pool.map(measure, range(2)))
+    assert order in ([0, 0, 1, 1] * 3, [1, 1, 0, 0] * 3)
+    with Turn("")():
+        pass
+
+
+def test_nobody_waits_for_an_engine_that_did_not_start():
+    waits = f"print({STARTED!r}, flush=True); input(); print({MARK!r} + '{{}}'); print({END!r})"
+
+    def results(codes: list[str]) -> list[Any]:
+        together = Barrier(len(codes))
+        with ThreadPoolExecutor(len(codes)) as pool:
+            commands = [[sys.executable, "-c", code] for code in codes]
+            return [pool.submit(results_of, command, together) for command in commands]
+
+    assert [one.result() for one in results([waits, waits])] == [[{}], [{}]]
+    broken, ended = results([waits, "pass"])
+    with pytest.raises(BrokenBarrierError):
+        broken.result()
+    with pytest.raises(SystemExit, match="ended early"):
+        ended.result()
 
 
 def exact(variant: str, dtype: str, different: int, difference: float) -> dict[str, Any]:
