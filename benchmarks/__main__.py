@@ -20,7 +20,7 @@ from benchmarks.engine import VARIANTS, Settings
 from benchmarks.models import SIZES
 from benchmarks.workloads import WORKLOADS, Record
 
-STUDY_PARTS = ("mixture", "senders", "conditions", "variants", "budgets", "tasks")
+STUDY_PARTS = ("mixture", "senders", "long", "conditions", "variants", "budgets", "tasks")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -102,6 +102,10 @@ class WorkerExtension:
 
             manager.prepare = without_instructions
 
+    def allocated_bytes(self) -> int:
+        """The most device memory that tensors of this worker have taken together."""
+        return torch.cuda.max_memory_allocated()
+
     def parade_bytes(self) -> dict[str, int]:
         """Device memory of the vector tables and of the adapters' slots."""
         slots = self.model_runner.parade.slots  # type: ignore[attr-defined]
@@ -212,6 +216,10 @@ class Variant:
         self.llm.collective_rpc("start_recording")
         self.run(batch, length, tokens, requests)
         return self.llm.collective_rpc("stop_recording")
+
+    def allocated_mib(self) -> float | None:
+        """The most device memory that tensors of the first worker have taken together; None without a GPU."""
+        return self.llm.collective_rpc("allocated_bytes")[0] / 2**20 if torch.cuda.is_available() else None
 
     def parade_mib(self) -> dict[str, float]:
         """Computed device memory of tables and slots on the first worker; empty without PARADE."""

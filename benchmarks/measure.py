@@ -38,11 +38,11 @@ def records(settings: Settings) -> Iterator[Record]:
     measured = Measured(variant)
     for name in settings.workloads:
         yield from WORKLOADS[name](measured)
-    if settings.turns:
-        # The device's memory is not this engine's alone.
-        return
-    # Allocators keep what they once took, so the end shows the peak.
-    memory = {"start_mib": start_mib, "peak_mib": used_mib(), **variant.parade_mib()}
+    memory = {"allocated_mib": variant.allocated_mib(), **variant.parade_mib()}
+    if not settings.turns:
+        # Else the device's memory is not this engine's alone. Allocators keep what they once took, so the end shows the
+        # peak.
+        memory |= {"start_mib": start_mib, "peak_mib": used_mib()}
     yield {"workload": "memory", "variant": variant.name, **memory}
 
 

@@ -9,26 +9,36 @@ from typing import Any
 from benchmarks.senders import SENDERS_TASK
 from benchmarks.stacked import Hyperparameters
 from benchmarks.study import Group, Record
+from vllm_parade.tuner.model import WIDE
 
 ALL_TASKS = ("sst2", "rte", "boolq", "e2e", "wikisql")
 SEEDS = (0, 1, 2)
 RATES = {"parade": (5e-3, 1e-2, 2e-2), "lora": (1e-3, 3e-3, 1e-2), "ia3": (1e-2, 3e-2, 1e-1)}
 # Of those for which PARADE beside PARADE is compared.
 FEW_RATES = (5e-3, 1e-2)
-MIXTURE_STEPS, TASK_STEPS = 800, 400
-# The paper's Table 6 beside PARADE itself, which is the mixture's.
-VARIANTS: dict[str, dict[str, Any]] = {
-    "PARADE-1": {"pooler": "last_token"},
-    "PARADE-2": {"pooler": "dynamic_routing"},
-    "PARADE-3": {"sites": ["q", "k", "v", "gate", "up"], "r": 8},
-    "PARADE-4": {"sites": ["q", "v"], "r": 24},
-}
-# Beside r=12, which is the mixture's.
-BUDGETS = (3, 6, 24, 48)
-# Ways to make the prompt matter. At the usual initial scale the pooler's squash leaves almost nothing of what it read
-# (g(z) of 1e-5 under the first norm, on SmolLM2), and the first token's outliers drown the rest of the residual stream:
-# generators begin wider, read after the norm, or only the user's own words.
+STEPS, SENDERS_STEPS, LONG = 400, 800, 1600
+# The best of the mixture's, which run longer.
+LONG_RATES = {"parade": 1e-2, "lora": 3e-3, "ia3": 3e-2}
+
 ATTENTION_INPUT = {"generator_input": "attention_input"}
+LAST_TOKEN = {"pooler": "last_token"}
+
+
+def _standardized(settings: dict[str, Any], own_words: bool = False) -> dict[str, Any]:
+    """Generators begin wide, and without what all hidden states have in common, which is most of them.
+
+    b_up learns ten times as fast as W_up, of which r entries move an output together.
+    """
+    wide = WIDE[settings.get("pooler", "attentional_capsule")]
+    kind = {"settings": settings, "standardized": True, "own_words": own_words}
+    return {**kind, "rates": (5e-4, 1e-3, 2e-3), "bias_lr": 10.0, "initial_std": wide}
+
+
+STRANGERS = "loss_added_by_strangers_vectors"
+BEST = _standardized(LAST_TOKEN)
+# What might make the prompt matter. Hidden states that enter the first layer are so small that a new generator reads
+# nothing (g(z) of 1e-5 under the first norm, on SmolLM2), and the first token's outliers drown the rest of the residual
+# stream: generators begin wider, read after the norm, only the user's own words, or what tells prompts apart.
 CONDITIONS: dict[str, dict[str, Any]] = {
     "attention input": {"settings": ATTENTION_INPUT},
     "wide": {"initial_std": 10.0},
@@ -37,17 +47,34 @@ CONDITIONS: dict[str, dict[str, Any]] = {
     "attention input, own words, wide": {"settings": ATTENTION_INPUT, "own_words": True, "initial_std": 30.0},
     "attention input, wide, bias slow": {"settings": ATTENTION_INPUT, "initial_std": 30.0, "bias_lr": 0.1},
     "attention input, wide, bias fixed": {"settings": ATTENTION_INPUT, "initial_std": 30.0, "bias_lr": 0.0},
+    "standardized": _standardized(ATTENTION_INPUT),
+    "standardized, own words": _standardized(ATTENTION_INPUT, own_words=True),
+    "standardized, last token": _standardized({**LAST_TOKEN, **ATTENTION_INPUT}),
+    "standardized, last token, bias not faster": {
+        **_standardized({**LAST_TOKEN, **ATTENTION_INPUT}),
+        "rates": (2e-3, 5e-3),
+        "bias_lr": 1.0,
+    },
+    "standardized, last token, layer input": BEST,
 }
+# The paper's Table 6, standardized; PARADE-1 is the last token's condition.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "PARADE-2": _standardized({**ATTENTION_INPUT, "pooler": "dynamic_routing"}),
+    "PARADE-3": _standardized({**ATTENTION_INPUT, "sites": ["q", "k", "v", "gate", "up"], "r": 8}),
+    "PARADE-4": _standardized({**ATTENTION_INPUT, "sites": ["q", "v"], "r": 24}),
+}
+# Beside r=12, which is the last token's condition.
+BUDGETS = (3, 6, 24, 48)
 
 
 def _runs(rates: Sequence[float], **options: float) -> tuple[Hyperparameters, ...]:
     return tuple(Hyperparameters(lr, seed, **options) for lr, seed in product(rates, SEEDS))
 
 
-def _methods(name: str, tasks: tuple[str, ...], steps: int) -> Iterator[Group]:
-    """All methods beside each other, each with its rates."""
+def _methods(name: str, tasks: tuple[str, ...], steps: int = STEPS, most: int = 3) -> Iterator[Group]:
+    """All methods beside each other, each with its rates, the first `most` of them."""
     for method, rates in RATES.items():
-        yield Group(name, method, tasks, _runs(rates), steps=steps)
+        yield Group(name, method, tasks, _runs(rates[:most]), steps=steps)
 
 
 def _parade(
@@ -55,11 +82,15 @@ def _parade(
     tasks: tuple[str, ...] = ALL_TASKS,
     settings: dict[str, Any] | None = None,
     own_words: bool = False,
+    standardized: bool = False,
+    steps: int = STEPS,
+    rates: Sequence[float] = FEW_RATES,
     **options: float,
 ) -> Group:
     """A kind of PARADE."""
-    runs = _runs(FEW_RATES, **options)
-    return Group(name, "parade", tasks, runs, settings or {}, steps=MIXTURE_STEPS, own_words=own_words)
+    runs = _runs(rates, **options)
+    kind = {"own_words": own_words, "standardized": standardized}
+    return Group(name, "parade", tasks, runs, settings or {}, steps=steps, **kind)
 
 
 def plan(name: str) -> Iterator[Group]:
@@ -72,7 +103,7 @@ def plan(name: str) -> Iterator[Group]:
 
 
 def _mixture() -> Iterator[Group]:
-    yield from _methods("mixture", ALL_TASKS, MIXTURE_STEPS)
+    yield from _methods("mixture", ALL_TASKS)
 
 
 def _conditions() -> Iterator[Group]:
@@ -82,30 +113,42 @@ def _conditions() -> Iterator[Group]:
 
 def _senders() -> Iterator[Group]:
     tasks = (SENDERS_TASK.name,)
-    yield from _methods("senders", tasks, MIXTURE_STEPS)
-    for name in ("wide", "attention input, wide"):
-        yield _parade(f"senders/{name}", tasks, **CONDITIONS[name])
+    yield from _methods("senders", tasks, SENDERS_STEPS)
+    for name in ("standardized", "standardized, own words", "standardized, last token"):
+        yield _parade(f"senders/{name}", tasks, **CONDITIONS[name], steps=SENDERS_STEPS)
+        even = {**CONDITIONS[name], "rates": (5e-3,), "bias_lr": 1.0}
+        yield _parade(f"senders/{name}, bias not faster", tasks, **even, steps=SENDERS_STEPS)
+
+
+def _long() -> Iterator[Group]:
+    for method, rate in LONG_RATES.items():
+        yield Group("long", method, ALL_TASKS, _runs([rate]), steps=LONG)
+    yield _parade("long/standardized, last token, layer input", **{**BEST, "rates": (1e-3,)}, steps=LONG)
 
 
 def _variants() -> Iterator[Group]:
-    for name, settings in VARIANTS.items():
-        yield _parade(f"variants/{name}", settings=settings)
+    for name, options in VARIANTS.items():
+        yield _parade(f"variants/{name}", **{**options, "rates": (5e-4, 1e-3)})
 
 
 def _budgets() -> Iterator[Group]:
     for r in BUDGETS:
-        yield _parade(f"budgets/r={r}", settings={"r": r, "num_capsules": 3 if r % 4 else 4})
+        settings = {**LAST_TOKEN, **ATTENTION_INPUT, "r": r, "num_capsules": 3 if r % 4 else 4}
+        yield _parade(f"budgets/r={r}", **{**BEST, "settings": settings, "rates": (5e-4, 1e-3)})
 
 
 def _tasks() -> Iterator[Group]:
     for task in ALL_TASKS:
-        yield from _methods(f"tasks/{task}", (task,), TASK_STEPS)
+        yield from _methods(f"tasks/{task}", (task,), most=2)
+        name = f"tasks/{task}/standardized, last token, layer input"
+        yield _parade(name, (task,), **{**BEST, "rates": (5e-4, 1e-3)})
 
 
 # What matters most comes first.
 PARTS = {
     "mixture": _mixture,
     "senders": _senders,
+    "long": _long,
     "conditions": _conditions,
     "variants": _variants,
     "budgets": _budgets,
@@ -125,7 +168,8 @@ def study_tables(records: Sequence[Record]) -> str:
     """Medians over seeds at the best learning rate, and their range: quality, and of PARADE what the prompt is worth.
 
     `dependence` is how far vectors lie apart, over the prompts of all tasks, as a share of their distance from one, and
-    behind it the mean over prompts of one task; a task's column is what its metric loses when every request gets
+    behind it the mean over prompts of one task; `strangers` is what the loss gains when every pair gets the vectors of
+    another task's prompt, and a task's column is what its metric loses when every request gets
     another prompt's vectors.
     """
     groups: dict[tuple[str, str], list[Record]] = {}
@@ -149,6 +193,7 @@ def study_tables(records: Sequence[Record]) -> str:
             group,
             _median([record["dependence"]["ratio"] for record in mine if "dependence" in record], 3),
             _median([_within_tasks(record) for record in mine], 3),
+            _median([record[STRANGERS] for record in mine if STRANGERS in record], 3),
             *(_median([_loss(record, task) for record in mine if task in record], 1) for task in tasks),
         ]
         for (group, method), mine in best.items()
@@ -156,7 +201,7 @@ def study_tables(records: Sequence[Record]) -> str:
     ]
     tables = [_table(["group", "method", "parameters", "lr", "seeds", "dev loss", *tasks], quality)]
     if worth:
-        tables.append(_table(["group", "dependence", "within tasks", *tasks], worth))
+        tables.append(_table(["group", "dependence", "within tasks", "strangers", *tasks], worth))
     return "\n\n".join(tables)
 
 

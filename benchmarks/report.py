@@ -41,7 +41,11 @@ TABLES = {
     "table4": Columns((), ("beam1_tokens_per_s", "beam3_tokens_per_s"), ("beam1_mib", "beam3_mib")),
     "collectives": Columns(("rank",), ("count",)),
     "launches": Columns(("batch",), ("kernels", "busy_us")),
-    "memory": Columns((), ("peak_mib",), ("start_mib", "tables_mib", "slots_mib", "beside_mib")),
+    "memory": Columns(
+        (),
+        ("peak_mib", "allocated_mib"),
+        ("start_mib", "tables_mib", "slots_mib", "beside_mib", "allocated_beside_mib"),
+    ),
     "kernels": Columns(
         ("step", "adapters", "tokens"), others=("layer_us", "model_ms", "model_ms_p20", "model_ms_p80", "launched_ms")
     ),
@@ -116,14 +120,17 @@ def ratio(record: Record, base: Record | None, measure: str) -> float | None:
 
 
 def with_beside(records: Sequence[Record]) -> list[Record]:
-    """Memory records, with what a PARADE engine uses beside base engine, tables and slots."""
-    base = {record.get(LAYOUT): record["peak_mib"] for record in records if record["variant"] == "base"}
-    return [
-        {**record, "beside_mib": record["peak_mib"] - other - record["tables_mib"] - record["slots_mib"]}
-        if "tables_mib" in record and record["peak_mib"] and (other := base.get(record.get(LAYOUT)))
-        else record
-        for record in records
-    ]
+    """Memory records, with what a PARADE engine uses beside base engine, tables and slots: of the device's memory, and
+    of what tensors took, which knows nothing of what an allocator keeps."""
+    base = {record.get(LAYOUT): record for record in records if record["variant"] == "base"}
+    return [record | _beside(record, base.get(record.get(LAYOUT), {})) for record in records]
+
+
+def _beside(record: Record, base: Record) -> Record:
+    names = {"peak_mib": "beside_mib", "allocated_mib": "allocated_beside_mib"}
+    own = record.get("tables_mib", 0.0) + record.get("slots_mib", 0.0)
+    comparable = [name for name in names if own and record.get(name) and base.get(name)]
+    return {names[name]: record[name] - base[name] - own for name in comparable}
 
 
 def table(workload: str, records: Sequence[Record]) -> str:

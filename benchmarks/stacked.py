@@ -23,6 +23,7 @@ from vllm_parade.ops.reference import generate
 from vllm_parade.train.data import IGNORED_LABEL
 from vllm_parade.train.methods import peft_config
 from vllm_parade.tuner.layout import layout_of
+from vllm_parade.tuner.standard import Moments, Standard, positions_read
 
 EPSILON = 1e-8
 BETAS = (0.9, 0.999)
@@ -57,6 +58,8 @@ class Stack:
         self.shape = BaseModelShape.from_hf_config(base.config)
         self.device = next(base.parameters()).device
         self.vectors: dict[int, tuple[Tensor, ...]] = {}
+        self._seen: dict[int, Moments] = {}
+        self._standards: dict[str, Standard] = {}
         self._initial: dict[str, Tensor] = {}
         self._handles: list[Any] = []
         for parameter in base.parameters():
@@ -90,7 +93,9 @@ class Stack:
 
     def export(self, run: int) -> dict[str, Tensor]:
         """One run's adapter under PEFT's names."""
-        return {name: parameter[run].detach().clone() for name, parameter in self.parameters.items()}
+        parameters = self.parameters
+        parameters |= {name: standard.fold(parameters[name]) for name, standard in self._standards.items()}
+        return {name: parameter[run].clone() for name, parameter in parameters.items()}
 
     def _parameter(self, name: str, values: Sequence[Tensor]) -> None:
         self._initial[f"base_model.model.{name}"] = torch.stack(list(values))
@@ -130,6 +135,10 @@ class Stack:
         # A later step of an answer keeps the vectors of its prompt.
         if hidden.shape[1] != self.instruction.shape[1]:
             return
+        if index in self._seen:
+            # The same rows for every run.
+            mask = positions_read(self.instruction.chunk(runs)[0], config.pooler)
+            self._seen[index].add(hidden.chunk(runs)[0][mask])
         prefix = f"base_model.model.{path}.parade_generator."
         names = [name for name in TENSOR_ATTRIBUTES if prefix + name in self._weights]
         tensors = [self._weights[prefix + name] for name in names]
@@ -143,6 +152,16 @@ class Stack:
         if self.shift:
             vectors = vectors.roll(self.shift, dims=1)
         self.vectors[index] = vectors.flatten(0, 1).split([self.shape.widths[name] for name in config.sites], dim=-1)
+
+    @torch.no_grad()
+    def standardize(self, batch: Batch) -> None:
+        """As `ParadeModel.standardize`, by a batch with the same rows for every run."""
+        prefix, suffix = f"base_model.model.{layout_of(self.base.config).layers}.", ".parade_generator.down.weight"
+        names = [name for name in self._shapes if name.endswith(suffix)]
+        self._seen = {int(name.removeprefix(prefix).removesuffix(suffix)): Moments() for name in names}
+        self.hidden(batch)
+        self._standards = {name: seen.standard() for name, seen in zip(names, self._seen.values(), strict=True)}
+        self._seen = {}
 
     def _scale(self, index: int, place: int, projection: Any, args: Any, output: Tensor) -> Tensor:
         return output * self.vectors[index][place][:, None]
@@ -188,6 +207,9 @@ class Stack:
         """
         self.instruction, self.shift = instruction, shift
         self._weights = self._split(self.flat.to(self.base.dtype))
+        trained = self._split(self.flat) if self._standards else {}
+        for name, standard in self._standards.items():
+            self._weights[name] = standard.fold(trained[name]).to(self.base.dtype)
 
     def hidden(self, batch: Batch, shift: int = 0) -> Tensor:
         """Last hidden states at the batch's places, [runs, learnt, hidden]."""

@@ -28,7 +28,8 @@ STUDIED = {**TASKS, SENDERS_TASK.name: SENDERS_TASK}
 POOL = 20
 WARM_UP = 0.06
 EVAL_EVERY = 100
-DEV_PAIRS = 64
+# Of each task; those of all tasks side by side are fewer.
+DEV_PAIRS, STRANGERS = 64, 16
 TEST_EXAMPLES = {"choices": 400, "text": 64}
 # The longest pair in tokens; batches are padded to a multiple, so that there are few sizes of them.
 LONGEST, MULTIPLE = 320, 64
@@ -49,6 +50,8 @@ class Group:
     rows: int = 16
     own_words: bool = False
     """Whether generators read only the user's words, not the template around them."""
+    standardized: bool = False
+    """Whether they begin by reading what tells hidden states apart, as `ParadeModel.standardize` lets them."""
 
 
 class Data:
@@ -92,10 +95,12 @@ class Study:
         """Train a group and measure each of its runs."""
         clock, stack = Clock(), Stack(self.base, group.method, group.settings, group.runs)
         try:
+            if group.standardized:
+                stack.standardize(self._sample(group))
             trained = self._train(stack, group, clock)
             measured = [self._measure(stack, group, name) for name in group.tasks]
             if group.method == "parade":
-                measured.append(self._dependence(stack, group))
+                measured += [self._dependence(stack, group), self._with_strangers_vectors(stack, group)]
             clock.lap("measure_s")
         finally:
             stack.remove()
@@ -107,6 +112,7 @@ class Study:
                 "tasks": list(group.tasks),
                 "settings": group.settings,
                 "own_words": group.own_words,
+                "standardized": group.standardized,
                 **vars(run),
                 "steps": group.steps,
                 "rows": group.rows,
@@ -178,6 +184,13 @@ class Study:
         batch = collate(pairs, len(group.runs), multiple)
         return batch._replace(instruction=self._words(batch.instruction, group))
 
+    def _sample(self, group: Group) -> Batch:
+        """Pairs of all tasks, the same for every run."""
+        order = random.Random(0)
+        train = [self.data[name].train for name in group.tasks]
+        pairs = [pair for every in train for pair in order.sample(every, min(DEV_PAIRS, len(every)))]
+        return self._batch(pairs * len(group.runs), group).to(self.device)
+
     def _stream(self, group: Group, order: random.Random) -> Iterator[Pair]:
         """A run's pairs for ever: of a mixture each task as often as any other."""
         shuffled: dict[str, list[Pair]] = {name: [] for name in group.tasks}
@@ -245,6 +258,14 @@ class Study:
             "dependence": [prompt_dependence(vectors) for vectors in every],
             **{f"{name}_dependence": [prompt_dependence(run) for run in vectors] for name, vectors in found.items()},
         }
+
+    @torch.no_grad()
+    def _with_strangers_vectors(self, stack: Stack, group: Group) -> dict[str, list[float]]:
+        """What every run's loss gains when each pair gets the vectors of the next one, which is of another task."""
+        together = zip(*(self.data[name].dev[:STRANGERS] for name in group.tasks), strict=False)
+        pairs = [pair for one_of_each in together for pair in one_of_each]
+        batch = self._batch(pairs * len(group.runs), group).to(self.device)
+        return {"loss_added_by_strangers_vectors": (stack.losses(batch, shift=1) - stack.losses(batch)).tolist()}
 
     def _vectors(self, stack: Stack, group: Group, name: str) -> list[dict[int, Tensor]]:
         """Every run's vectors of a pass over a task's prompts, [prompts, d_out], by layer."""

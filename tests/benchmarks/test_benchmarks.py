@@ -66,11 +66,17 @@ def test_missing_figures_are_shown_as_missing():
 
 
 def test_memory_beside_tables_and_slots():
-    parade = made_up("memory", "parade", start_mib=1400.0, peak_mib=1500.0, tables_mib=300.0, slots_mib=150.0)
-    base = made_up("memory", "base", start_mib=1000.0, peak_mib=1000.0)
-    assert with_beside([base, parade])[1]["beside_mib"] == pytest.approx(50.0)
-    without_gpu = [{**record, "start_mib": None, "peak_mib": None} for record in (base, parade)]
-    assert "beside_mib" not in with_beside(without_gpu)[1]
+    own = {"tables_mib": 300.0, "slots_mib": 150.0}
+    parade = made_up("memory", "parade", start_mib=1400.0, peak_mib=1500.0, allocated_mib=1370.0, **own)
+    base = made_up("memory", "base", start_mib=1000.0, peak_mib=1000.0, allocated_mib=900.0)
+    compared = with_beside([base, parade])[1]
+    assert compared["beside_mib"] == pytest.approx(50.0)
+    assert compared["allocated_beside_mib"] == pytest.approx(20.0)
+    # Side by side, the device's memory belongs to several engines.
+    shared = [{name: value for name, value in record.items() if name != "peak_mib"} for record in (base, parade)]
+    assert with_beside(shared)[1] == {**shared[1], "allocated_beside_mib": pytest.approx(20.0)}
+    without_gpu = [{**record, "peak_mib": None, "allocated_mib": None} for record in (base, parade)]
+    assert with_beside(without_gpu) == without_gpu
 
 
 def test_layouts_are_compared_with_the_base_model_in_the_same_layout():

@@ -43,11 +43,10 @@ def test_every_part_can_be_run() -> None:
             peft_config(group.method, group.settings)
 
 
-@pytest.mark.parametrize("own_words", [False, True])
-def test_a_group_is_trained_and_measured(study: Study, own_words: bool) -> None:
-    records = list(
-        study.records(Group("g", "parade", ("sst2",), RUNS, {"r": 8}, steps=10, rows=4, own_words=own_words))
-    )
+@pytest.mark.parametrize(("own_words", "standardized"), [(False, False), (True, False), (False, True)])
+def test_a_group_is_trained_and_measured(study: Study, own_words: bool, standardized: bool) -> None:
+    kind = {"own_words": own_words, "standardized": standardized}
+    records = list(study.records(Group("g", "parade", ("sst2",), RUNS, {"r": 8}, steps=10, rows=4, **kind)))
     assert [record["seed"] for record in records] == [0, 1]
     first = records[0]
     assert first["best_step"] in (5, 10)
@@ -55,6 +54,7 @@ def test_a_group_is_trained_and_measured(study: Study, own_words: bool) -> None:
     assert first["dev_loss"] == first["sst2_dev_loss"] < 12
     assert 0 <= first["sst2"] <= 100
     assert 0 <= first["sst2_swapped"] <= 100
+    assert abs(first["loss_added_by_strangers_vectors"]) < 12
     # Of one task, all prompts are its own.
     assert first["dependence"]["ratio"] == first["sst2_dependence"]["ratio"] > 0
     assert first["parameters"] == 2 * (32 * 8 + 8 * 112 + 8 * 8 + 4 * 8 + 112)
@@ -114,13 +114,19 @@ def test_tables_take_the_rate_of_the_lowest_median_dev_loss() -> None:
     assert best_rate(slow + fast) == slow
     quality, worth = (table.splitlines() for table in study_tables(slow + fast).split("\n\n"))
     assert quality[2] == "| g | parade | 1,234 | 0.001 | 3 | 0.500 (0.400 to 0.600) | 81.0 (80.0 to 82.0) |"
-    assert worth[2] == "| g | 0.002 (0.002 to 0.002) | 0.001 (0.001 to 0.001) | 5.0 (5.0 to 5.0) |"
+    assert worth[2] == "| g | 0.002 (0.002 to 0.002) | 0.001 (0.001 to 0.001) |  | 5.0 (5.0 to 5.0) |"
 
 
-def test_the_documented_tables_are_those_of_the_results() -> None:
-    results = [f"benchmarks/results/study-h200-{part}.json" for part in ("mixture", "conditions")]
-    records = [record for path in results for record in json.loads((ROOT / path).read_text())["results"]]
+MIXTURE_RESULTS = ("h200-mixture", "h200-conditions", "h100-rates", "h100-standardized", "h100-long", "h100-budgets")
+
+
+@pytest.mark.parametrize("names", [MIXTURE_RESULTS, ("h100-senders", "h100-senders-first")])
+def test_the_documented_tables_are_those_of_the_results(names: tuple[str, ...]) -> None:
+    results = [f"study-{name}.json" for name in names]
+    records = [
+        record for file in results for record in json.loads((ROOT / "benchmarks/results" / file).read_text())["results"]
+    ]
     text = (ROOT / "docs/study.md").read_text()
-    assert all(path in text for path in results)
+    assert all(file in text for file in results)
     for table in study_tables(records).split("\n\n"):
         assert table in text

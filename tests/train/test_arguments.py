@@ -47,6 +47,11 @@ def test_bad_settings_are_refused(sst2: Path) -> None:
     for flags, message in (
         ([], "give one of --task, --train_file and --dataset; got none"),
         (["--task", "sst2", "--data", str(sst2), "--train_file", "f"], "got --task, --train_file"),
+        (
+            ["--train_file", "f", "--method", "lora", "--standardize", "true"],
+            "--standardize and --bias_lr_ratio are for PARADE; drop them with --method lora",
+        ),
+        (["--train_file", "f", "--bias_lr_ratio", "-1"], "--bias_lr_ratio is -1.0; expected 0 or more"),
         (["--task", "sst2"], "--data names 0 folders for 1 tasks"),
         (["--task", "sst2", "--data", "nowhere"], "--data names 'nowhere', which is no folder"),
         (["--task", "sst2", "--data", str(sst2), "--peft", "{r: 8"], "--peft got '{r: 8', which is no JSON object"),

@@ -11,11 +11,15 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from tests.engines import engine, greedy, prompts
+from tests.tuner.models import make
 from vllm_parade import ParadeRequest
+from vllm_parade.train.arguments import AdapterArguments, PromptTrainingArguments
+from vllm_parade.train.trainer import PromptTrainer
+from vllm_parade.tuner import ParadeConfig
 
 STEPS = 30
 FLAGS = ["--per_device_train_batch_size", "4", "--learning_rate", "5e-3", "--dtype", "float32", "--eval_on_start"]
@@ -60,6 +64,30 @@ def test_thirty_steps_lower_the_dev_loss(adapter: Path) -> None:
     assert min(losses[1:]) < losses[0] / 4
     scores = [entry["eval_sst2"] for entry in history(adapter) if "eval_sst2" in entry]
     assert scores[-1] >= scores[0]
+
+
+@pytest.mark.slow
+def test_standardized_training_lowers_it_too(smollm: str, sst2: Path, tmp_path: Path) -> None:
+    flags = ["--standardize", "true", "--bias_lr_ratio", "10", "--learning_rate", "1e-3", "--metric_rows", "0"]
+    run(smollm, sst2, tmp_path / "adapter", *flags, "--max_steps", "6", "--eval_steps", "6", "--save_steps", "6")
+    losses = [entry["eval_loss"] for entry in history(tmp_path / "adapter") if "eval_loss" in entry]
+    assert losses[-1] < losses[0] / 2
+    assert "| standardize | True |\n| bias_lr_ratio | 10 |" in (tmp_path / "adapter" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("ratio", [1.0, 10.0])
+def test_the_bias_has_its_own_learning_rate(ratio: float, tmp_path: Path) -> None:
+    model = get_peft_model(make("llama"), ParadeConfig(r=8))
+    adapter = AdapterArguments(model="m", train_file="f", bias_lr_ratio=ratio)
+    arguments = PromptTrainingArguments(output_dir=str(tmp_path), learning_rate=1e-3, use_cpu=True)
+    arguments.batch_for(1)
+    trainer = PromptTrainer(model=model, args=arguments, eval_dataset=[{}], adapter=adapter, tasks={})
+    groups = trainer.create_optimizer().param_groups
+    rates = {parameter: group["lr"] for group in groups for parameter in group["params"]}
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert len(rates) == sum(len(group["params"]) for group in groups) == len(trained)
+    for name, parameter in trained.items():
+        assert rates[parameter] == pytest.approx(1e-3 * (ratio if name.endswith(".bias") else 1))
 
 
 @pytest.mark.slow

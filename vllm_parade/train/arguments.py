@@ -30,6 +30,11 @@ class AdapterArguments:
         None,
         "settings of the method's PEFT config, as a mapping in YAML or as JSON",
     )
+    standardize: bool = _argument(
+        False,
+        "let PARADE's generators begin by reading what tells prompts apart, by a look at some of the training prompts",
+    )
+    bias_lr_ratio: float = _argument(1.0, "how much faster than the rest of a PARADE adapter b_up learns")
     dtype: str = _argument("auto", "of the base model: auto (bfloat16 on a GPU, else float32), bfloat16, float32, ...")
     base_name: str | None = _argument(None, "the base model's name in adapter and card; default: what --model says")
     task: list[str] = field(
@@ -53,6 +58,10 @@ class AdapterArguments:
 
     def __post_init__(self) -> None:
         self.peft = self._settings()
+        if self.method != "parade" and (self.standardize or self.bias_lr_ratio != 1):
+            raise ValueError(f"--standardize and --bias_lr_ratio are for PARADE; drop them with --method {self.method}")
+        if self.bias_lr_ratio < 0:
+            raise ValueError(f"--bias_lr_ratio is {self.bias_lr_ratio}; expected 0 or more")
         sources = [name for name in ("task", "train_file", "dataset") if getattr(self, name)]
         if len(sources) != 1:
             given = ", ".join(f"--{name}" for name in sources) or "none"

@@ -23,6 +23,7 @@ SHOWN = (
     "max_grad_norm",
     "seed",
 )
+OURS = ("standardize", "bias_lr_ratio")
 # Lines of a data folder's SOURCE.txt that say where the data come from.
 SOURCE_KEYS = ("data set", "licence as stated")
 
@@ -45,6 +46,7 @@ def write_card(
     base, subject = adapter.base_name or adapter.model, ", ".join(adapter.task) or "prompts and responses"
     library = "vllm-parade" if adapter.method == "parade" else "peft"
     measured = {name: value for name, value in metrics.items() if isinstance(value, float) and "per_second" not in name}
+    ours = {name: getattr(adapter, name) for name in OURS} if adapter.method == "parade" else {}
     card = f"""---
 base_model: {base}
 library_name: {library}
@@ -70,7 +72,7 @@ each.
 | --- | --- |
 {_rows(counts)}
 {_rows({"method": adapter.method, "settings": adapter.peft or "default"})}
-{_rows({name: getattr(arguments, name) for name in SHOWN})}
+{_rows({name: getattr(arguments, name) for name in SHOWN} | ours)}
 {_rows({"steps": state.global_step, "best checkpoint": Path(state.best_model_checkpoint or "the last").name})}
 {_rows({"machine": _machine(), "date": time.strftime("%Y-%m-%d")})}
 """

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Transformers' Trainer, which also answers dev prompts, and an adapter's whole way from base model to folder."""
 
+import random
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,6 +25,9 @@ from vllm_parade.train.methods import peft_config
 from vllm_parade.train.readers import Splits, as_example, read_jsonl
 from vllm_parade.train.tasks import TASKS, mixture
 
+# Whose prompts --standardize looks at.
+STANDARD_PAIRS = 256
+
 
 class PromptTrainer(Trainer):
     """Adds the tasks' own metric to every evaluation, as `eval_metric`: the mean over the tasks."""
@@ -31,6 +35,16 @@ class PromptTrainer(Trainer):
     def __init__(self, *args: Any, adapter: AdapterArguments, tasks: dict[str, Splits], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.adapter, self.tasks = adapter, tasks
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Transformers' own, in which b_up has its learning rate."""
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        for group in list(optimizer.param_groups) if self.adapter.bias_lr_ratio != 1 else ():
+            biases = [parameter for parameter in group["params"] if names[parameter].endswith(".bias")]
+            group["params"] = [parameter for parameter in group["params"] if not names[parameter].endswith(".bias")]
+            optimizer.add_param_group({**group, "params": biases, "lr": group["lr"] * self.adapter.bias_lr_ratio})
+        return optimizer
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Dev loss and, where a task is trained, its metric over the first of its dev examples."""
@@ -112,6 +126,8 @@ def train(adapter: AdapterArguments, arguments: PromptTrainingArguments) -> dict
         adapter=adapter,
         tasks=tasks,
     )
+    if adapter.standardize:
+        _standardize(model, trainer, pairs)
     trainer.train(resume_from_checkpoint=_checkpoint(arguments))
     metrics = trainer.evaluate()
     if trainer.is_world_process_zero():
@@ -120,6 +136,18 @@ def train(adapter: AdapterArguments, arguments: PromptTrainingArguments) -> dict
         counts = {"training pairs": len(pairs), "dev pairs": len(dev)}
         write_card(Path(arguments.output_dir), adapter, arguments, trainer.state, metrics, counts)
     return metrics
+
+
+def _standardize(model: PeftModel, trainer: PromptTrainer, pairs: list[dict[str, list[int]]]) -> None:
+    if trainer.is_fsdp_enabled:
+        raise ValueError("--standardize needs every adapter weight whole, and FSDP shards them; train with DDP")
+    arguments, tokenizer = trainer.args, cast(Any, trainer.processing_class)
+    sample = random.Random(arguments.seed).sample(pairs, min(STANDARD_PAIRS, len(pairs)))
+    collate, size = Collator(tokenizer.pad_token_id), arguments.per_device_eval_batch_size
+    batches = (collate(sample[start : start + size]) for start in range(0, len(sample), size))
+    model.base_model.standardize(
+        {name: tensor.to(arguments.device) for name, tensor in batch.items()} for batch in batches
+    )
 
 
 def _checkpoint(arguments: PromptTrainingArguments) -> str | None:
@@ -134,5 +162,6 @@ def _checkpoint(arguments: PromptTrainingArguments) -> str | None:
 
 def save(model: PeftModel, folder: str, dtype: torch.dtype) -> None:
     """Save an adapter in the base model's dtype, to which every pass rounds it anyway."""
-    state = {name: tensor.detach().to(dtype) for name, tensor in model.named_parameters() if tensor.requires_grad}
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items() if name in trained}
     model.save_pretrained(folder, state_dict=state)

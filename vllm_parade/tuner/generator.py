@@ -4,10 +4,11 @@
 from typing import Any, cast
 
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from torch import nn
 
 from vllm_parade.adapter.weights import GeneratorWeights
 from vllm_parade.tuner.instruction import Instruction
+from vllm_parade.tuner.standard import DownProjection, Moments, Standard
 
 
 class Pooler(nn.Module):
@@ -31,6 +32,8 @@ class ParadeGenerator(nn.Module, BaseTunerLayer):
         self.index = index
         # Of the pass that is in this layer now.
         self.instruction: Instruction | None = None
+        # Of what would be read, while somebody looks at how that is spread.
+        self.moments: Moments | None = None
         self.down, self.up = nn.ModuleDict(), nn.ModuleDict()
         self.pooler = Pooler()
 
@@ -46,17 +49,27 @@ class ParadeGenerator(nn.Module, BaseTunerLayer):
 
     def add(self, adapter_name: str, weights: GeneratorWeights) -> None:
         """Take an adapter's generator as trainable parameters."""
-        self.down[adapter_name] = _linear(weights.down)
-        self.up[adapter_name] = _linear(weights.up, weights.bias)
+        self.down[adapter_name] = DownProjection(weights.down)
+        up = nn.Linear(weights.up.shape[1], weights.up.shape[0], device="meta")
+        up.weight, up.bias = nn.Parameter(weights.up), nn.Parameter(weights.bias)
+        self.up[adapter_name] = up
         for part, tensor in ((self.query, weights.query), (self.matrix, weights.weight)):
             if tensor is not None:
                 part[adapter_name] = nn.Parameter(tensor)
 
     def weights(self, adapter_name: str) -> GeneratorWeights:
         """An adapter's generator as `ops.reference.generate` takes it; gradients flow through."""
-        down, up = (cast(nn.Linear, part[adapter_name]) for part in (self.down, self.up))
+        down, up = cast(DownProjection, self.down[adapter_name]), cast(nn.Linear, self.up[adapter_name])
         query, weight = (cast(Any, part).get(adapter_name) for part in (self.query, self.matrix))
-        return GeneratorWeights(down.weight, query, weight, up.weight, up.bias)
+        return GeneratorWeights(down.plain, query, weight, up.weight, up.bias)
+
+    def standardize(self, adapter_name: str, standard: Standard, wide: float) -> None:
+        """Let an untrained adapter read standardized hidden states, `wide` times as strongly as it began."""
+        down = cast(DownProjection, self.down[adapter_name])
+        down.standard = standard
+        for tensor in (down.weight, *(cast(Any, part).get(adapter_name) for part in (self.query, self.matrix))):
+            if tensor is not None:
+                tensor.mul_(wide)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refused: vectors are another for every prompt."""
@@ -67,11 +80,3 @@ class ParadeGenerator(nn.Module, BaseTunerLayer):
 
     def unmerge(self) -> None:
         """Nothing is ever merged."""
-
-
-def _linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias)
-    return linear

@@ -2,7 +2,7 @@
 """PARADE as a PEFT tuner over a frozen Hugging Face model: trains adapters, and is the plain answer that serving is
 compared with."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -18,11 +18,14 @@ from vllm_parade.tuner.config import ParadeConfig
 from vllm_parade.tuner.generator import ParadeGenerator
 from vllm_parade.tuner.instruction import Instruction, before_labels, combined, packed_lengths
 from vllm_parade.tuner.layout import layout_of
+from vllm_parade.tuner.standard import Moments, positions_read
 
 GENERATOR = "parade_generator"
 # Names of what travels through the base model's keyword arguments, and on its KV cache.
 ARGUMENT = "parade_instruction"
 MASK_ARGUMENT = "instruction_mask"
+# Standardized generators begin so much wider than others that what they pool is about one.
+WIDE = {"attentional_capsule": 10.0, "dynamic_routing": 10.0, "last_token": 3.0}
 
 
 class ParadeModel(BaseTuner):
@@ -130,6 +133,41 @@ class ParadeModel(BaseTuner):
         del self.model.peft_config
         return self.model
 
+    @torch.no_grad()
+    def standardize(self, batches: Iterable[Mapping[str, Tensor]]) -> None:
+        """Let the active adapter, which must be untrained, begin by reading what tells prompts apart.
+
+        Hidden states are mostly what all prompts have in common, and a generator that begins anywhere reads little
+        else: its vectors are those of (IA)3. So W_down begins on hidden states without their common direction, each
+        dimension at standard deviation one, and is trained there. What is saved is a W_down like any other.
+
+        Args:
+            batches: keyword arguments of the model with the prompts of a few hundred examples, as in training; rows
+                with `labels` are read up to the first one
+
+        Raises:
+            ValueError: the adapter has been trained, or there is nothing to read.
+        """
+        (adapter,) = self.active_adapters
+        config = cast(ParadeConfig, self.peft_config[adapter])
+        generators = [g for g in self.model.modules() if isinstance(g, ParadeGenerator) and adapter in g.down]
+        if any(generator.weights(adapter).up.any() for generator in generators):
+            raise ValueError(f"adapter {adapter!r} has been trained; only a new one can be standardized")
+        training = self.model.training
+        self.model.eval()
+        try:
+            for generator in generators:
+                generator.moments = Moments()
+            for batch in batches:
+                self.model(**batch)
+            for generator in generators:
+                assert generator.moments is not None
+                generator.standardize(adapter, generator.moments.standard(), WIDE[config.pooler])
+        finally:
+            for generator in generators:
+                generator.moments = None
+            self.model.train(training)
+
     # A pass through the model.
 
     def generate(self, *args: Any, instruction_mask: Tensor | None = None, **kwargs: Any) -> Any:
@@ -187,6 +225,10 @@ class ParadeModel(BaseTuner):
             return
         config = cast(ParadeConfig, self.peft_config[instruction.adapter])
         hidden = args[0] if config.generator_input == "layer_input" else output
+        if generator.moments is not None:
+            rows, mask = instruction.sequences(hidden)
+            generator.moments.add(rows[positions_read(mask, config.pooler)])
+            return
         # Rounded as the server rounds them: what is trained is what is served.
         weights = generator.weights(instruction.adapter).to(hidden.device, hidden.dtype)
         instruction.vectors[generator.index] = generate(
