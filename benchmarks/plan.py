@@ -169,9 +169,23 @@ def study_tables(records: Sequence[Record]) -> str:
 
     `dependence` is how far vectors lie apart, over the prompts of all tasks, as a share of their distance from one, and
     behind it the mean over prompts of one task; `strangers` is what the loss gains when every pair gets the vectors of
-    another task's prompt, and a task's column is what its metric loses when every request gets
-    another prompt's vectors.
+    another prompt, of another task where there are several, and a task's column is what its metric loses when every
+    request gets another prompt's vectors. Adapters of a single task, each with its own metric, stand apart from those
+    of several; a column without a value is left out.
     """
+    several = [record for record in records if len(record["tasks"]) > 1]
+    single = [_single(record) for record in records if len(record["tasks"]) == 1]
+    return "\n\n".join(table for some in (several, single) if some for table in _tables(some))
+
+
+def _single(record: Record) -> Record:
+    """The record of an adapter of one task, whose metric is called `metric` whatever the task."""
+    (task,) = record["tasks"]
+    measured = {f"metric{name.removeprefix(task)}": value for name, value in record.items() if name.startswith(task)}
+    return {**record, "tasks": ["metric"], **measured}
+
+
+def _tables(records: Sequence[Record]) -> Iterator[str]:
     groups: dict[tuple[str, str], list[Record]] = {}
     for record in records:
         groups.setdefault((record["group"], record["variant"]), []).append(record)
@@ -188,21 +202,22 @@ def study_tables(records: Sequence[Record]) -> str:
         ]
         for key, mine in best.items()
     ]
+    yield _table(["group", "method", "parameters", "lr", "seeds", "dev loss", *tasks], quality)
     worth = [
         [
             group,
             _median([record["dependence"]["ratio"] for record in mine if "dependence" in record], 3),
-            _median([_within_tasks(record) for record in mine], 3),
+            _median([_within_tasks(record) for record in mine if len(tasks) > 1], 3),
             _median([record[STRANGERS] for record in mine if STRANGERS in record], 3),
             *(_median([_loss(record, task) for record in mine if task in record], 1) for task in tasks),
         ]
         for (group, method), mine in best.items()
         if method == "parade"
     ]
-    tables = [_table(["group", "method", "parameters", "lr", "seeds", "dev loss", *tasks], quality)]
     if worth:
-        tables.append(_table(["group", "dependence", "within tasks", "strangers", *tasks], worth))
-    return "\n\n".join(tables)
+        columns = ("group", "dependence", "within tasks", "strangers", *tasks)
+        kept = [number for number, values in enumerate(zip(*worth, strict=True)) if any(values)]
+        yield _table([columns[n] for n in kept], [[line[n] for n in kept] for line in worth])
 
 
 def _within_tasks(record: Record) -> float:
