@@ -94,6 +94,9 @@ def test_the_bias_has_its_own_learning_rate(ratio: float, tmp_path: Path) -> Non
 def test_card_and_config(adapter: Path) -> None:
     card = (adapter / "README.md").read_text()
     assert "base_model: base\n" in card
+    assert "# A PARADE adapter for sst2\n" in card
+    assert "| lr_scheduler_type | linear |" in card
+    assert "- weights: 4-bit" in card
     assert "| eval_sst2 |" in card
     assert "- data set: made up for a test" in card
     assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == "base"

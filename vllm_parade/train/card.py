@@ -3,6 +3,7 @@
 
 import platform
 import time
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,11 @@ SHOWN = (
     "seed",
 )
 OURS = ("standardize", "bias_lr_ratio")
-# Lines of a data folder's SOURCE.txt that say where the data come from.
-SOURCE_KEYS = ("data set", "licence as stated")
+METHOD_NAMES = {"parade": "PARADE", "lora": "LoRA", "ia3": "(IA)3"}
+# A folder of a model or of data may say in a file where they come from, in lines that begin with these words.
+SOURCE_FILE = "SOURCE.txt"
+MODEL_KEYS = ("model:", "taken from:", "weights:")
+DATA_KEYS = ("data set:", "licence as stated:")
 
 
 def write_card(
@@ -52,7 +56,7 @@ base_model: {base}
 library_name: {library}
 tags: [{adapter.method}, {", ".join(adapter.task)}]
 ---
-# A {adapter.method} adapter for {subject}
+# A {METHOD_NAMES[adapter.method]} adapter for {subject}
 
 Trained by `python -m vllm_parade.train` on {base}. It answers well only to the wording it was trained on
 (`vllm_parade.train.templates`, template {adapter.template!r}).
@@ -76,13 +80,18 @@ each.
 {_rows({"steps": state.global_step, "best checkpoint": Path(state.best_model_checkpoint or "the last").name})}
 {_rows({"machine": _machine(), "date": time.strftime("%Y-%m-%d")})}
 """
-    (folder / "README.md").write_text(card + _sources(adapter.data), encoding="utf-8")
+    card += _sources("Base model", [adapter.model], MODEL_KEYS) + _sources("Data", adapter.data, DATA_KEYS)
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def _rows(values: dict[str, Any]) -> str:
-    return "\n".join(
-        f"| {name} | {f'{value:.4g}' if isinstance(value, float) else value} |" for name, value in values.items()
-    )
+    return "\n".join(f"| {name} | {_shown(value)} |" for name, value in values.items())
+
+
+def _shown(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.value
+    return f"{value:.4g}" if isinstance(value, float) else value
 
 
 def _machine() -> str:
@@ -93,8 +102,8 @@ def _machine() -> str:
     return f"{name}, {versions}"
 
 
-def _sources(folders: list[str]) -> str:
-    files = [path for path in (Path(folder) / "SOURCE.txt" for folder in folders) if path.is_file()]
+def _sources(title: str, folders: list[str], keys: tuple[str, ...]) -> str:
+    files = [path for path in (Path(folder) / SOURCE_FILE for folder in folders) if path.is_file()]
     lines = [line for path in files for line in path.read_text(encoding="utf-8").splitlines()]
-    sources = [f"- {line}" for line in lines if line.startswith(SOURCE_KEYS)]
-    return "\n".join(["\n## Data\n", *sources, ""]) if sources else ""
+    sources = [f"- {line}" for line in lines if line.startswith(keys)]
+    return "\n".join([f"\n## {title}\n", *sources, ""]) if sources else ""
