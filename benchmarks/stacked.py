@@ -23,7 +23,7 @@ from vllm_parade.ops.reference import generate
 from vllm_parade.train.data import IGNORED_LABEL
 from vllm_parade.train.methods import peft_config
 from vllm_parade.tuner.layout import layout_of
-from vllm_parade.tuner.standard import Moments, Standard, positions_read
+from vllm_parade.tuner.standard import Observed, Standard
 
 EPSILON = 1e-8
 BETAS = (0.9, 0.999)
@@ -58,7 +58,7 @@ class Stack:
         self.shape = BaseModelShape.from_hf_config(base.config)
         self.device = next(base.parameters()).device
         self.vectors: dict[int, tuple[Tensor, ...]] = {}
-        self._seen: dict[int, Moments] = {}
+        self._seen: dict[int, Observed] = {}
         self._standards: dict[str, Standard] = {}
         self._initial: dict[str, Tensor] = {}
         self._handles: list[Any] = []
@@ -137,8 +137,7 @@ class Stack:
             return
         if index in self._seen:
             # The same rows for every run.
-            mask = positions_read(self.instruction.chunk(runs)[0], config.pooler)
-            self._seen[index].add(hidden.chunk(runs)[0][mask])
+            self._seen[index].add(hidden.chunk(runs)[0], self.instruction.chunk(runs)[0])
         prefix = f"base_model.model.{path}.parade_generator."
         names = [name for name in TENSOR_ATTRIBUTES if prefix + name in self._weights]
         tensors = [self._weights[prefix + name] for name in names]
@@ -158,7 +157,8 @@ class Stack:
         """As `ParadeModel.standardize`, by a batch with the same rows for every run."""
         prefix, suffix = f"base_model.model.{layout_of(self.base.config).layers}.", ".parade_generator.down.weight"
         names = [name for name in self._shapes if name.endswith(suffix)]
-        self._seen = {int(name.removeprefix(prefix).removesuffix(suffix)): Moments() for name in names}
+        pooler = self.config.adapter_config().pooler
+        self._seen = {int(name.removeprefix(prefix).removesuffix(suffix)): Observed(pooler) for name in names}
         self.hidden(batch)
         self._standards = {name: seen.standard() for name, seen in zip(names, self._seen.values(), strict=True)}
         self._seen = {}

@@ -12,7 +12,7 @@ from tests.tuner.models import make
 from vllm_parade.adapter.config import POOLERS
 from vllm_parade.inspect import prompt_dependence
 from vllm_parade.tuner import ParadeConfig
-from vllm_parade.tuner.standard import Moments, positions_read
+from vllm_parade.tuner.standard import Observed, positions_read
 
 
 def batch(seed: int = 1, rows: int = 64, prompt: int = 12, answer: int = 3) -> dict[str, torch.Tensor]:
@@ -36,10 +36,10 @@ def downs(model: Any) -> list[Any]:
 def test_folding_is_standardizing() -> None:
     torch.manual_seed(0)
     hidden = torch.randn(500, 16) * torch.linspace(2, 20, 16) + torch.linspace(-40, 60, 16)
-    moments = Moments()
-    for part in hidden.split(200):
-        moments.add(part)
-    standard, weight = moments.standard(), torch.randn(3, 8, 16)
+    observed = Observed("attentional_capsule")
+    for part in hidden.view(10, 50, 16).split(4):
+        observed.add(part, torch.ones(part.shape[:2]).bool())
+    standard, weight = observed.standard(), torch.randn(3, 8, 16)
     torch.testing.assert_close(standard.std, hidden.std(dim=0))
     wanted = hidden / hidden.std(dim=0)
     direction = torch.nn.functional.normalize(wanted.mean(dim=0), dim=0)
@@ -52,11 +52,22 @@ def test_folding_is_standardizing() -> None:
 
 
 def test_a_dimension_that_never_differs_is_not_blown_up() -> None:
-    moments = Moments()
-    moments.add(torch.tensor([[1.0, 5.0], [3.0, 5.0], [8.0, 5.0]]))
-    assert moments.standard().std[1] >= 0.1 * moments.standard().std.mean() / 2
+    observed = Observed("attentional_capsule")
+    observed.add(torch.tensor([[[1.0, 5.0], [3.0, 5.0], [8.0, 5.0]]]), torch.ones(1, 3).bool())
+    std = observed.standard().std
+    assert std[1] == pytest.approx(0.1 * std[0].item() / 2)
     with pytest.raises(ValueError, match="0 positions tell no deviation"):
-        Moments().standard()
+        Observed("last_token").standard()
+
+
+def test_nor_is_a_last_token_that_all_prompts_have() -> None:
+    torch.manual_seed(0)
+    hidden, mask = torch.randn(50, 9, 16) * 3, torch.ones(50, 9).bool()
+    hidden[:, 7:] = 1.0
+    hidden[25:, 6], mask[:25, 8], mask[25:, 7:] = 1.0, False, False
+    observed = Observed("last_token")
+    observed.add(hidden, mask)
+    torch.testing.assert_close(observed.standard().std, 0.1 * hidden[mask].std(dim=0))
 
 
 def test_poolers_read_their_positions() -> None:

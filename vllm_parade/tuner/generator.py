@@ -8,7 +8,7 @@ from torch import nn
 
 from vllm_parade.adapter.weights import GeneratorWeights
 from vllm_parade.tuner.instruction import Instruction
-from vllm_parade.tuner.standard import DownProjection, Moments, Standard
+from vllm_parade.tuner.standard import DownProjection, Observed, Standard
 
 
 class Pooler(nn.Module):
@@ -32,8 +32,8 @@ class ParadeGenerator(nn.Module, BaseTunerLayer):
         self.index = index
         # Of the pass that is in this layer now.
         self.instruction: Instruction | None = None
-        # Of what would be read, while somebody looks at how that is spread.
-        self.moments: Moments | None = None
+        # While somebody looks at what would be read.
+        self.observed: Observed | None = None
         self.down, self.up = nn.ModuleDict(), nn.ModuleDict()
         self.pooler = Pooler()
 

@@ -18,7 +18,7 @@ from vllm_parade.tuner.config import ParadeConfig
 from vllm_parade.tuner.generator import ParadeGenerator
 from vllm_parade.tuner.instruction import Instruction, before_labels, combined, packed_lengths
 from vllm_parade.tuner.layout import layout_of
-from vllm_parade.tuner.standard import Moments, positions_read
+from vllm_parade.tuner.standard import Observed
 
 GENERATOR = "parade_generator"
 # Names of what travels through the base model's keyword arguments, and on its KV cache.
@@ -157,15 +157,15 @@ class ParadeModel(BaseTuner):
         self.model.eval()
         try:
             for generator in generators:
-                generator.moments = Moments()
+                generator.observed = Observed(config.pooler)
             for batch in batches:
                 self.model(**batch)
             for generator in generators:
-                assert generator.moments is not None
-                generator.standardize(adapter, generator.moments.standard(), WIDE[config.pooler])
+                assert generator.observed is not None
+                generator.standardize(adapter, generator.observed.standard(), WIDE[config.pooler])
         finally:
             for generator in generators:
-                generator.moments = None
+                generator.observed = None
             self.model.train(training)
 
     # A pass through the model.
@@ -225,9 +225,8 @@ class ParadeModel(BaseTuner):
             return
         config = cast(ParadeConfig, self.peft_config[instruction.adapter])
         hidden = args[0] if config.generator_input == "layer_input" else output
-        if generator.moments is not None:
-            rows, mask = instruction.sequences(hidden)
-            generator.moments.add(rows[positions_read(mask, config.pooler)])
+        if generator.observed is not None:
+            generator.observed.add(*instruction.sequences(hidden))
             return
         # Rounded as the server rounds them: what is trained is what is served.
         weights = generator.weights(instruction.adapter).to(hidden.device, hidden.dtype)

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Below this share of the mean deviation, a hidden dimension counts as having that much: it hardly tells anything.
+# A hidden dimension has at least this share of the mean deviation, and of its own over all positions: what differs less
+# hardly tells anything.
 LEAST_SHARE = 0.1
 
 
@@ -34,7 +35,7 @@ class Standard:
 
 
 class Moments:
-    """First and second moments of hidden states [..., d], in float64."""
+    """First and second moments of hidden states, [positions, d], in float64."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -48,19 +49,47 @@ class Moments:
         self.total = self.total + hidden.sum(dim=0)
         self.squares = self.squares + hidden.square().sum(dim=0)
 
+    @property
+    def mean(self) -> Tensor:
+        """[d]"""
+        return torch.as_tensor(self.total) / self.count
+
+    @property
+    def std(self) -> Tensor:
+        """[d]"""
+        variance = (torch.as_tensor(self.squares) - self.count * self.mean.square()) / (self.count - 1)
+        return variance.clamp_min(0).sqrt()
+
+
+class Observed:
+    """What a layer's generator was shown before training: the hidden states that its pooler reads, and all of them."""
+
+    def __init__(self, pooler: str) -> None:
+        self.pooler = pooler
+        self._read, self._all = Moments(), Moments()
+
+    def add(self, hidden: Tensor, mask: Tensor) -> None:
+        """Take instructions, hidden states [batch, tokens, d] with a mask [batch, tokens], bool."""
+        self._all.add(hidden[mask])
+        self._read.add(hidden[positions_read(mask, self.pooler)])
+
     def standard(self) -> Standard:
-        """How what was taken is spread.
+        """How what the pooler reads is spread.
+
+        A template ends every prompt with the same token, whose hidden states hardly differ in the first layers. By
+        their own deviation any other last token would be far away, and its vectors out of bounds: so a deviation is at
+        least a share of that over all positions.
 
         Raises:
             ValueError: less than two positions.
         """
-        if self.count < 2:
-            raise ValueError(f"{self.count} positions tell no deviation; give the prompts of a few hundred examples")
-        mean = torch.as_tensor(self.total) / self.count
-        variance = (torch.as_tensor(self.squares) - self.count * mean.square()) / (self.count - 1)
-        std = variance.clamp_min(0).sqrt()
-        std = std.clamp_min(max(LEAST_SHARE * std.mean().item(), torch.finfo(torch.bfloat16).eps))
-        return Standard(std.float(), F.normalize(mean / std, dim=0).float())
+        if self._read.count < 2:
+            count = self._read.count
+            raise ValueError(f"{count} positions tell no deviation; give the prompts of a few hundred examples")
+        std = self._read.std
+        least = LEAST_SHARE * torch.maximum(self._all.std, std.mean())
+        std = torch.maximum(std, least).clamp_min(torch.finfo(torch.bfloat16).eps)
+        return Standard(std.float(), F.normalize(self._read.mean / std, dim=0).float())
 
 
 def positions_read(mask: Tensor, pooler: str) -> Tensor:
