@@ -2,7 +2,8 @@
 """Does the prompt matter? PARADE, LoRA and (IA)3 on the same tasks, seeds and budgets, many runs side by side.
 
 A record is one run: its settings, dev loss, the test set's metric, and for PARADE how much its vectors depend on the
-prompt and what the metric is when every request gets another prompt's vectors.
+prompt and what the metric is when every request gets another prompt's vectors. Longer than 300 lines, since training
+and every measurement of a group share its stack of runs.
 """
 
 import random
