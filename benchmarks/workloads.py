@@ -155,27 +155,38 @@ def _alone(adapters: Sequence[Any], count: int, popularity: str) -> list[Sequenc
 
 
 def tenants(measured: Measured) -> Iterator[Record]:
-    """Throughput, and time to first token of requests that come alone, against the number of adapters."""
-    variant, sizes = measured.variant, measured.points
-    for count in [count for count in sizes.tenants if count <= len(variant.adapters)] or [0]:
-        for popularity in ("uniform", "zipf") if count > 1 else ("uniform",):
+    """Throughput, and time to first token of requests that come alone, against the number of adapters.
+
+    Each repeat goes through all numbers of adapters, so that drift hits them alike; the first, a warm-up, through one.
+    """
+    variant, sizes, repeats = measured.variant, measured.points, measured.variant.settings.repeats
+    counts = [count for count in sizes.tenants if count <= len(variant.adapters)] or [0]
+    points = [(count, popularity) for count in counts for popularity in ("uniform", "zipf")]
+    points = [point for point in points if point[0] > 1 or point[1] == "uniform"]
+    waits: list[list[float]] = [[] for _ in points]
+    seconds: list[list[float]] = [[] for _ in points]
+    singles = -(-sizes.singles // repeats)
+    for number in range(-1, repeats):
+        for place, (count, popularity) in enumerate(points if number >= 0 else points[:1]):
             some = variant.adapters[:count]
             touch(variant, some)
-            alone = [variant.run(1, sizes.length, 1, one) for one in _alone(some, sizes.singles, popularity)]
+            one_by_one = _alone(some, repeats * singles, popularity)[max(number, 0) * singles :][:singles]
+            alone = [variant.run(1, sizes.length, 1, one) for one in one_by_one]
             requests = drawn(some, sizes.requests, popularity)
-            crowd = [
-                variant.run(sizes.requests, sizes.length, sizes.answer, requests)
-                for _ in range(variant.settings.repeats)
-            ]
-            yield {
-                "workload": "tenants",
-                "variant": variant.name,
-                "adapters": count,
-                "popularity": popularity,
-                **spread(alone, "ttft"),
-                "tokens_per_s": sizes.requests * sizes.answer / statistics.median(crowd),
-                "seconds_all": crowd,
-            }
+            together = variant.run(sizes.requests, sizes.length, sizes.answer, requests)
+            if number >= 0:
+                waits[place] += alone
+                seconds[place].append(together)
+    for (count, popularity), alone, crowd in zip(points, waits, seconds, strict=True):
+        yield {
+            "workload": "tenants",
+            "variant": variant.name,
+            "adapters": count,
+            "popularity": popularity,
+            **spread(alone, "ttft"),
+            "tokens_per_s": sizes.requests * sizes.answer / statistics.median(crowd),
+            "seconds_all": crowd,
+        }
 
 
 def table4(measured: Measured) -> Iterator[Record]:
