@@ -5,28 +5,35 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
 from peft import PeftModel, get_peft_model
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
 from tests.engines import engine, greedy, prompts
 from tests.tuner.models import make
 from vllm_parade import ParadeRequest
+from vllm_parade.adapter import load_adapter
 from vllm_parade.train.arguments import AdapterArguments, PromptTrainingArguments
-from vllm_parade.train.trainer import PromptTrainer
+from vllm_parade.train.trainer import PromptTrainer, _check_fsdp, save
 from vllm_parade.tuner import ParadeConfig
 
 STEPS = 30
 FLAGS = ["--per_device_train_batch_size", "4", "--learning_rate", "5e-3", "--dtype", "float32", "--eval_on_start"]
 
 
-def run(model: str, data: Path, output: Path, *flags: str) -> str:
-    command = [sys.executable, "-m", "vllm_parade.train", "--model", model, "--task", "sst2", "--data", str(data)]
+def run(model: str, data: Path, output: Path, *flags: str, processes: int = 1) -> str:
+    several = ["torch.distributed.run", "--nproc_per_node", str(processes), "-m"] if processes > 1 else []
+    command = [sys.executable, "-m", *several, "vllm_parade.train", "--model", model]
+    command += ["--task", "sst2", "--data", str(data)]
     done = subprocess.run(
         [*command, "--output_dir", str(output), *FLAGS, *flags], capture_output=True, text=True, timeout=600
     )
@@ -123,6 +130,69 @@ def test_the_same_command_trains_what_is_compared(method: str, smollm: str, sst2
     # Packed and padded batches learn alike; one method each is enough here.
     run(smollm, sst2, tmp_path / "adapter", "--method", method, *flags, *(["--packed"] if method == "ia3" else []))
     assert safetensors.torch.load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_adapter_of_one(smollm: str, sst2: Path, tmp_path: Path) -> None:
+    flags = ["--max_steps", "3", "--eval_steps", "3", "--save_steps", "3", "--metric_rows", "0", "--use_cpu", "true"]
+    flags += ["--train_sampling_strategy", "sequential", "--dev_rows", "4"]
+    found = []
+    for processes in (1, 2):
+        output = tmp_path / str(processes)
+        size = str(4 // processes)
+        run(smollm, sst2, output, *flags, "--per_device_train_batch_size", size, processes=processes)
+        found.append(safetensors.torch.load_file(output / "adapter_model.safetensors"))
+    one, two = found
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        # A tenth of a step of Adam's, which makes much of differences between gradients next to nothing.
+        torch.testing.assert_close(two[name], tensor, rtol=0, atol=5e-4)
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_sharded_weights_compute_the_same_and_are_saved_whole(process_group: None, tmp_path: Path) -> None:
+    models = [get_peft_model(make("llama").bfloat16(), ParadeConfig(r=8)) for _ in range(2)]
+    plain, sharded = models
+    for layer in sharded.base_model.model.model.layers:
+        fully_shard(layer)
+    fully_shard(sharded)
+    ids = torch.arange(24).reshape(2, 12)
+    labels = torch.where(torch.arange(12) < 8, -100, ids)
+    losses = [model(input_ids=ids, labels=labels).loss for model in models]
+    torch.testing.assert_close(losses[1], losses[0])
+    for loss in losses:
+        loss.backward()
+    gradients = [{n: p.grad for n, p in model.named_parameters() if p.requires_grad} for model in models]
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name].full_tensor(), gradient)
+    state = get_model_state_dict(sharded, options=StateDictOptions(full_state_dict=True))
+    save(sharded, str(tmp_path / "sharded"), state, torch.float32)
+    save(plain, str(tmp_path / "plain"), plain.state_dict(), torch.float32)
+    one, other = (load_adapter(tmp_path / name).content_hash for name in ("sharded", "plain"))
+    assert one == other
+
+
+@pytest.mark.parametrize(
+    ("flags", "version_2", "message"),
+    [
+        ({}, False, "fsdp_version"),
+        ({"standardize": True}, True, "--standardize"),
+        ({"metric_rows": 20}, True, "--metric_rows is 20"),
+    ],
+)
+def test_what_needs_whole_weights_is_refused_under_fsdp(flags: dict[str, Any], version_2: bool, message: str) -> None:
+    adapter = AdapterArguments(model="m", train_file="f", **{"metric_rows": 0, **flags})
+    trainer: Any = SimpleNamespace(
+        adapter=adapter, tasks={"sst2": None}, accelerator=SimpleNamespace(is_fsdp2=version_2)
+    )
+    with pytest.raises(ValueError, match=message):
+        _check_fsdp(trainer)
 
 
 @pytest.mark.slow

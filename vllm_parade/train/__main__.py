@@ -6,7 +6,8 @@
     python -m vllm_parade.train settings.yaml
 
 A YAML file holds the same settings, by the names of the flags; flags after it come on top. Several GPUs:
-`accelerate launch -m vllm_parade.train ...`, with FSDP or DDP as accelerate's own config says.
+`accelerate launch -m vllm_parade.train ...`, with DDP or FSDP 2 as accelerate's own config says, or
+`torchrun --nproc_per_node 2 -m vllm_parade.train ...`.
 """
 
 import json

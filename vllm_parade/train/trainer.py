@@ -2,6 +2,7 @@
 """Transformers' Trainer, which also answers dev prompts, and an adapter's whole way from base model to folder."""
 
 import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -126,21 +127,37 @@ def train(adapter: AdapterArguments, arguments: PromptTrainingArguments) -> dict
         adapter=adapter,
         tasks=tasks,
     )
+    if trainer.is_fsdp_enabled:
+        _check_fsdp(trainer)
     if adapter.standardize:
         _standardize(model, trainer, pairs)
     trainer.train(resume_from_checkpoint=_checkpoint(arguments))
     metrics = trainer.evaluate()
+    # Of all processes, each of which may hold a shard.
+    state = trainer.accelerator.get_state_dict(trainer.model)
     if trainer.is_world_process_zero():
         trainer.save_state()
-        save(model, arguments.output_dir, base.dtype)
+        save(model, arguments.output_dir, state, base.dtype)
         counts = {"training pairs": len(pairs), "dev pairs": len(dev)}
         write_card(Path(arguments.output_dir), adapter, arguments, trainer.state, metrics, counts)
     return metrics
 
 
-def _standardize(model: PeftModel, trainer: PromptTrainer, pairs: list[dict[str, list[int]]]) -> None:
-    if trainer.is_fsdp_enabled:
+def _check_fsdp(trainer: PromptTrainer) -> None:
+    """Refuse what needs weights whole that FSDP shards."""
+    adapter = trainer.adapter
+    if not trainer.accelerator.is_fsdp2:
+        raise ValueError("FSDP 1 cannot join a bfloat16 base model and a float32 adapter; set fsdp_version to 2")
+    if adapter.standardize:
         raise ValueError("--standardize needs every adapter weight whole, and FSDP shards them; train with DDP")
+    if trainer.tasks and adapter.metric_rows:
+        raise ValueError(
+            f"--metric_rows is {adapter.metric_rows}: answers need every weight whole, and FSDP shards them; give 0, "
+            "and score the adapter by python -m vllm_parade.evaluate"
+        )
+
+
+def _standardize(model: PeftModel, trainer: PromptTrainer, pairs: list[dict[str, list[int]]]) -> None:
     arguments, tokenizer = trainer.args, cast(Any, trainer.processing_class)
     sample = random.Random(arguments.seed).sample(pairs, min(STANDARD_PAIRS, len(pairs)))
     collate, size = Collator(tokenizer.pad_token_id), arguments.per_device_eval_batch_size
@@ -160,8 +177,11 @@ def _checkpoint(arguments: PromptTrainingArguments) -> str | None:
     return found
 
 
-def save(model: PeftModel, folder: str, dtype: torch.dtype) -> None:
-    """Save an adapter in the base model's dtype, to which every pass rounds it anyway."""
+def save(model: PeftModel, folder: str, state: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
+    """Save an adapter in the base model's dtype, to which every pass rounds it anyway.
+
+    Args:
+        state: the model's parameters, those of the adapter among them
+    """
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items() if name in trained}
-    model.save_pretrained(folder, state_dict=state)
+    model.save_pretrained(folder, state_dict={name: state[name].to(dtype) for name in trained})
