@@ -79,7 +79,7 @@ def tenants(records: Sequence[Record], title: str, path: Path) -> None:
         counts = sorted({record["adapters"] for record in records if record["adapters"]})
         axes.set_xticks(counts, [str(count) for count in counts])
         axes.minorticks_off()
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.2 * max(record[measure] for record in records))
         axes.set_xlabel("adapters")
         axes.set_ylabel(label)
     _finish(figure, list(every), title, path)

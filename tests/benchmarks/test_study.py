@@ -137,13 +137,12 @@ def test_adapters_of_several_tasks_stand_apart() -> None:
     assert [table[-1].split(" | ")[0] for table in tables] == ["| mixed", "| mixed", "| g", "| g"]
 
 
+SENDERS_RESULTS = ("h100-senders", "h100-senders-first")
 MIXTURE_RESULTS = ("h200-mixture", "h200-conditions", "h100-rates", "h100-standardized", "h100-long", "h100-budgets")
-
-
 LATER_RESULTS = ("h200-variants-tasks", "h200-tasks-strangers")
 
 
-@pytest.mark.parametrize("names", [MIXTURE_RESULTS, LATER_RESULTS, ("h100-senders", "h100-senders-first")])
+@pytest.mark.parametrize("names", [MIXTURE_RESULTS, LATER_RESULTS, SENDERS_RESULTS, ("h200-least-deviation",)])
 def test_the_documented_tables_are_those_of_the_results(names: tuple[str, ...]) -> None:
     results = [f"study-{name}.json" for name in names]
     records = [

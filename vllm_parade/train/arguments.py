@@ -33,7 +33,7 @@ class AdapterArguments:
     standardize: bool = _argument(
         False,
         "let PARADE's generators begin by reading what tells prompts apart, by a look at some of the training prompts; "
-        "how good the adapter is outside its training template has not been measured",
+        "for a mixture of tasks, with --bias_lr_ratio 10 and the pooler last_token",
     )
     bias_lr_ratio: float = _argument(1.0, "how much faster than the rest of a PARADE adapter b_up learns")
     dtype: str = _argument("auto", "of the base model: auto (bfloat16 on a GPU, else float32), bfloat16, float32, ...")
