@@ -2,12 +2,12 @@
 """Transformers' Trainer, which also answers dev prompts, and an adapter's whole way from base model to folder."""
 
 import random
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from peft import PeftModel, get_peft_model
+from torch.distributed.tensor import DTensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -133,11 +133,10 @@ def train(adapter: AdapterArguments, arguments: PromptTrainingArguments) -> dict
         _standardize(model, trainer, pairs)
     trainer.train(resume_from_checkpoint=_checkpoint(arguments))
     metrics = trainer.evaluate()
-    # Of all processes, each of which may hold a shard.
-    state = trainer.accelerator.get_state_dict(trainer.model)
+    state = adapter_state(model, base.dtype)
     if trainer.is_world_process_zero():
         trainer.save_state()
-        save(model, arguments.output_dir, state, base.dtype)
+        model.save_pretrained(arguments.output_dir, state_dict=state)
         counts = {"training pairs": len(pairs), "dev pairs": len(dev)}
         write_card(Path(arguments.output_dir), adapter, arguments, trainer.state, metrics, counts)
     return metrics
@@ -177,11 +176,12 @@ def _checkpoint(arguments: PromptTrainingArguments) -> str | None:
     return found
 
 
-def save(model: PeftModel, folder: str, state: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
-    """Save an adapter in the base model's dtype, to which every pass rounds it anyway.
+def adapter_state(model: PeftModel, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """What is trained, in the base model's dtype, to which every pass rounds it anyway.
 
-    Args:
-        state: the model's parameters, those of the adapter among them
+    Every process must ask, since FSDP leaves each a shard.
     """
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    model.save_pretrained(folder, state_dict={name: state[name].to(dtype) for name in trained})
+    state = {name: tensor for name, tensor in model.state_dict().items() if name in trained}
+    whole = {name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for name, tensor in state.items()}
+    return {name: tensor.to(dtype) for name, tensor in whole.items()}
