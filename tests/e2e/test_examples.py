@@ -25,7 +25,7 @@ def test_offline(smollm: str) -> None:
     answers = [line.strip() for line in done.stdout.splitlines() if line.startswith("  ")]
     assert [answer.partition(":")[0] for answer in answers] == ["base model", "sst2", "base model", "e2e"]
     assert answers[1] == "sst2: positive"
-    assert answers[3].startswith("e2e: Sea Lantern is a")
+    assert answers[3].startswith("e2e: A high priced restaurant called Sea Lantern is")
     assert len(set(answers)) == 4
 
 
