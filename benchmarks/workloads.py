@@ -157,36 +157,39 @@ def _alone(adapters: Sequence[Any], count: int, popularity: str) -> list[Sequenc
 def tenants(measured: Measured) -> Iterator[Record]:
     """Throughput, and time to first token of requests that come alone, against the number of adapters.
 
-    Each repeat goes through all numbers of adapters, so that drift hits them alike; the first, a warm-up, through one.
+    Every repeat goes through all numbers of adapters, so that drift hits them alike.
     """
-    variant, sizes, repeats = measured.variant, measured.points, measured.variant.settings.repeats
+    variant, sizes = measured.variant, measured.points
     counts = [count for count in sizes.tenants if count <= len(variant.adapters)] or [0]
     points = [(count, popularity) for count in counts for popularity in ("uniform", "zipf")]
     points = [point for point in points if point[0] > 1 or point[1] == "uniform"]
-    waits: list[list[float]] = [[] for _ in points]
-    seconds: list[list[float]] = [[] for _ in points]
-    singles = -(-sizes.singles // repeats)
-    for number in range(-1, repeats):
-        for place, (count, popularity) in enumerate(points if number >= 0 else points[:1]):
-            some = variant.adapters[:count]
-            touch(variant, some)
-            one_by_one = _alone(some, repeats * singles, popularity)[max(number, 0) * singles :][:singles]
-            alone = [variant.run(1, sizes.length, 1, one) for one in one_by_one]
-            requests = drawn(some, sizes.requests, popularity)
-            together = variant.run(sizes.requests, sizes.length, sizes.answer, requests)
-            if number >= 0:
-                waits[place] += alone
-                seconds[place].append(together)
-    for (count, popularity), alone, crowd in zip(points, waits, seconds, strict=True):
+    samples: dict[tuple[int, str], list[tuple[list[float], float]]] = {point: [] for point in points}
+    _tenants_sample(measured, *points[0], 0)  # a warm-up
+    for number in range(variant.settings.repeats):
+        for point, mine in samples.items():
+            mine.append(_tenants_sample(measured, *point, number))
+    for (count, popularity), mine in samples.items():
+        waits, crowd = [wait for alone, _ in mine for wait in alone], [seconds for _, seconds in mine]
         yield {
             "workload": "tenants",
             "variant": variant.name,
             "adapters": count,
             "popularity": popularity,
-            **spread(alone, "ttft"),
+            **spread(waits, "ttft"),
             "tokens_per_s": sizes.requests * sizes.answer / statistics.median(crowd),
             "seconds_all": crowd,
         }
+
+
+def _tenants_sample(measured: Measured, count: int, popularity: str, number: int) -> tuple[list[float], float]:
+    """Of repeat `number`: seconds of its share of the requests that come alone, and of all those that come at once."""
+    variant, sizes = measured.variant, measured.points
+    some, share = variant.adapters[:count], -(-sizes.singles // variant.settings.repeats)
+    touch(variant, some)
+    singles = _alone(some, share * variant.settings.repeats, popularity)[number * share :][:share]
+    alone = [variant.run(1, sizes.length, 1, one) for one in singles]
+    requests = drawn(some, sizes.requests, popularity)
+    return alone, variant.run(sizes.requests, sizes.length, sizes.answer, requests)
 
 
 def table4(measured: Measured) -> Iterator[Record]:

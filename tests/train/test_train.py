@@ -162,6 +162,10 @@ def process_group() -> Iterator[None]:
 def test_sharded_weights_compute_the_same_and_are_saved_whole(process_group: None, tmp_path: Path) -> None:
     models = [get_peft_model(make("llama").bfloat16(), ParadeConfig(r=8)) for _ in range(2)]
     plain, sharded = models
+    for model in models:
+        torch.manual_seed(1)
+        for parameter in (parameter for parameter in model.parameters() if parameter.requires_grad):
+            torch.nn.init.normal_(parameter, std=0.3)
     for layer in sharded.base_model.model.model.layers:
         fully_shard(layer)
     fully_shard(sharded)
@@ -173,6 +177,7 @@ def test_sharded_weights_compute_the_same_and_are_saved_whole(process_group: Non
         loss.backward()
     gradients = [{n: p.grad for n, p in model.named_parameters() if p.requires_grad} for model in models]
     for name, gradient in gradients[0].items():
+        assert gradient.any(), name
         torch.testing.assert_close(gradients[1][name].full_tensor(), gradient)
     for number, model in enumerate(models):
         model.save_pretrained(str(tmp_path / str(number)), state_dict=adapter_state(model, torch.bfloat16))
