@@ -9,10 +9,18 @@ from types import SimpleNamespace
 
 import pytest
 
+from vllm.v1.core.sched.interface import PauseState
+
 from tests.scheduler.conftest import OVERTAKES
 from vllm_parade.scheduler.scheduler import PATIENCE
 
 queues = pytest.mark.parametrize("overtaking", [False, True], ids=["in order", "overtaking"])
+
+
+def with_drafting(engine):
+    """Let every request of a step set one more token of the input aside, as for a draft model."""
+    engine.scheduler.vllm_config.speculative_config = SimpleNamespace(max_num_new_slots_for_drafting=1)
+    engine.scheduler.drafting = 1
 
 
 def test_running_requests_make_room(make_engine):
@@ -62,13 +70,46 @@ def test_they_do_not_stop_for_one_that_lacks_something_else(make_engine):
 def test_room_for_drafting_is_made_too(make_engine):
     """Each request of a step sets one more of its 8 tokens aside: beside c's 4 there is room for one of two others."""
     engine = make_engine(step_tokens=8)
-    engine.scheduler.vllm_config.speculative_config = SimpleNamespace(max_num_new_slots_for_drafting=1)
-    engine.scheduler.drafting = 1
+    with_drafting(engine)
     engine.add("a", 1)
     engine.add("b", 1)
     engine.add("c", 4, "A")
     both = ({"a": 1, "b": 1}, "ab", "c", {}, "")
     engine.expect(both, both, both, both, ({"a": 1, "c": 4}, "abc", "", {"c": 1}, "c"))
+
+
+def test_drafting_can_leave_no_room_before_all_tokens_are_scheduled(make_engine):
+    """vLLM looks at no waiting request once the input's tokens are spent: here after 4 of 8 are scheduled."""
+    engine = make_engine(step_tokens=8)
+    with_drafting(engine)
+    for name in "abcd":
+        engine.add(name, 1)
+    engine.add("e", 4, "A")
+    engine.scheduler.max_num_running_reqs = engine.scheduler.max_num_active_reqs = 5
+    four = (dict.fromkeys("abcd", 1), "abcd", "e", {}, "")
+    engine.expect(four, four, four, four, ({"a": 1, "e": 4}, "abcde", "", {"e": 1}, "e"))
+
+
+def test_they_do_not_stop_for_one_that_finds_no_seat(make_engine):
+    """vLLM admits 2 of 4 requests that could run: a and b fill all steps until a ends, and then c has waited enough."""
+    engine = make_engine(step_tokens=8, max_num_active_seqs=2)
+    engine.add("a", 2, max_tokens=8)
+    engine.add("b", 99)
+    engine.add("c", 8, "A")
+    both = ({"a": 1, "b": 7}, "ab", "c", {}, "")
+    engine.expect(({"a": 2, "b": 6}, "ab", "c", {}, ""), *[both] * 7, ({"c": 8}, "bc", "", {"c": 1}, "c"))
+
+
+def test_they_do_not_stop_while_the_scheduler_is_paused(make_engine):
+    engine = make_engine(step_tokens=8)
+    engine.add("a", 2)
+    engine.add("c", 8, "A")
+    alone = ({"a": 1}, "a", "c", {}, "")
+    engine.expect(({"a": 2}, "a", "c", {}, ""), *[alone] * (PATIENCE - 1))
+    engine.scheduler.set_pause_state(PauseState.PAUSED_NEW)
+    engine.expect(*[alone] * 2 * PATIENCE)
+    engine.scheduler.set_pause_state(PauseState.UNPAUSED)
+    engine.expect(({"c": 8}, "ac", "", {"c": 1}, "c"))
 
 
 def test_an_aborted_request_is_waited_for_no_longer(make_engine):
@@ -83,20 +124,23 @@ def test_an_aborted_request_is_waited_for_no_longer(make_engine):
 
 @queues
 @pytest.mark.parametrize(("stages", "pipeline"), [(1, 0), (1, 1), (2, 1), (2, 2)])
-@pytest.mark.parametrize(("seats", "life"), [(16, 0), (4, 6)])
-def test_a_long_instruction_in_a_stream_of_short_requests(make_engine, overtaking, stages, pipeline, seats, life):
-    """Every step brings a new base request that would fit beside the running ones, which take 6 steps a stage.
+@pytest.mark.parametrize(("seats", "active", "tokens", "life"), [(16, None, 2, 0), (4, None, 2, 6), (16, 4, 6, 8)])
+def test_a_long_instruction_in_a_stream_of_short_requests(
+    make_engine, overtaking, stages, pipeline, seats, active, tokens, life
+):
+    """Every step brings a new base request that would fit beside the running ones, which take 6 steps a stage, or 8
+    where their prompts are cut.
 
     With seats for all, four steps are the most that it waits; else it may have to wait for a seat besides.
     """
-    ahead = {"stages": stages, "pipeline": pipeline}
-    engine = make_engine(step_tokens=16, max_num_seqs=seats, overtaking=overtaking, **ahead)
+    options = {"stages": stages, "pipeline": pipeline, "overtaking": overtaking, "max_num_active_seqs": active}
+    engine = make_engine(step_tokens=16, max_num_seqs=seats, **options)
     for number in range(3):
-        engine.add(f"s{number}", 2, max_tokens=6, tokens=[number, 1])
+        engine.add(f"s{number}", tokens, max_tokens=6, tokens=[number] * tokens)
     engine.add("x", 16, "A")
     passed = None
     for number in range(3, 40):
-        engine.add(f"s{number}", 2, max_tokens=6, tokens=[number, 1])
+        engine.add(f"s{number}", tokens, max_tokens=6, tokens=[number] * tokens)
         if "x" in engine.step()[4]:
             passed = number
             break

@@ -18,6 +18,7 @@ from collections.abc import Collection
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.request import RequestStatus
 
 from vllm_parade.config import ServingConfig, drafting_slots, step_tokens
@@ -80,9 +81,9 @@ class ParadeSchedulerMixin(Base):
         self.step_squeezed = None
         self.share = self._share_of_running()
         output = super().schedule(*args, **kwargs)
-        if self.step_squeezed is None and output.total_num_scheduled_tokens == self.max_num_scheduled_tokens:
-            # Nobody waiting was even looked at.
-            self.step_squeezed = self.waiting.peek_request() if self.waiting else None
+        if self.step_squeezed is None and self.waiting and self._is_full(output):
+            # vLLM did not look at any waiting request.
+            self.step_squeezed = self.waiting.peek_request()
         if self.share is not None:
             # If something else than room was missing, the others do not wait for it in the next step again.
             self.squeezed, self.squeezed_steps = None, 0
@@ -96,10 +97,22 @@ class ParadeSchedulerMixin(Base):
         if request is None or request.is_finished() or self.squeezed_steps < PATIENCE:
             return None
         can_start = request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
-        if not can_start or len(self.running) >= self.max_num_running_reqs:
+        if not can_start or not self._admits_requests():
             return None
         instruction = self._unread(request)
         return None if instruction is None else step_tokens(self.vllm_config) - instruction.tokens
+
+    def _admits_requests(self) -> bool:
+        """Whether vLLM lets waiting requests start in the next step: its own two conditions."""
+        num_running = len(self.running) + self.num_waiting_for_streaming_input
+        return self.pause_state == PauseState.UNPAUSED and num_running < self.max_num_active_reqs
+
+    def _is_full(self, output: "SchedulerOutput") -> bool:
+        """Whether a step has no token left, of those that are scheduled or of those that the model takes as input."""
+        tokens = output.total_num_scheduled_tokens
+        inputs = tokens + self.drafting * len(output.num_scheduled_tokens)
+        room = self.scheduler_config.max_num_batched_tokens - inputs
+        return tokens >= self.max_num_scheduled_tokens or room <= self.drafting
 
     def _unread(self, request: "Request") -> Instruction | None:
         """The instruction that a request must read itself; None if a row holds its vectors, or needs to hold none."""
