@@ -5,6 +5,7 @@ import hashlib
 import runpy
 
 import pytest
+import torch
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine.input_processor import InputProcessor
@@ -164,6 +165,19 @@ def test_instruction_longer_than_the_prompt(processor):
 def test_streaming_input_is_refused(processor, request_a):
     with pytest.raises(VLLMValidationError, match="adapter 'a': streaming input is not supported"):
         process(processor, request_a, resumable=True)
+
+
+@pytest.mark.parametrize("tokens", [[1, 2, 3], None])
+def test_prompts_with_embeddings_are_refused(make_processor, request_a, tokens):
+    """Equal placeholders with other embeddings would get the vectors of another tenant's prompt."""
+    processor = make_processor(enable_parade=True, enable_prompt_embeds=True)
+    loaded(processor, request_a)
+    prompt = {"type": "embeds", "prompt_embeds": torch.ones(3, 128)}
+    if tokens is not None:
+        prompt |= {"prompt_token_ids": tokens, "is_token_ids": torch.tensor([True, False, True])}
+    process(processor, None, prompt)
+    with pytest.raises(VLLMValidationError, match="adapter 'a'"):
+        process(processor, request_a, prompt)
 
 
 def test_an_adapter_that_is_not_loaded(processor):

@@ -3,6 +3,7 @@
 
 import json
 import pickle
+from copy import copy
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -174,10 +175,18 @@ def test_refuses_other_architectures(engine_config, hf_config, tmp_path):
         engine_config(enable_parade=True, model=str(tmp_path))
 
 
+def test_refuses_the_transformers_implementation(engine_config):
+    """The model's config names LlamaForCausalLM, but vLLM builds a class without the modules that are adjusted."""
+    with pytest.raises(ParadeConfigError, match="^model architecture TransformersForCausalLM .*own implementation"):
+        engine_config(enable_parade=True, model_impl="transformers")
+
+
 @pytest.mark.parametrize(
     ("section", "field", "value", "flag"),
     [
         ("parallel_config", "enable_dbo", True, "--enable-dbo"),
+        ("parallel_config", "ubatch_size", 2, "--ubatch-size 2"),
+        ("parallel_config", "prefill_context_parallel_size", 2, "--prefill-context-parallel-size"),
         ("parallel_config", "_api_process_count", 2, "--api-server-count"),
         ("model_config", "enable_sleep_mode", True, "--enable-sleep-mode"),
         ("model_config", "is_encoder_decoder", True, "model architecture LlamaForCausalLM"),
@@ -187,7 +196,10 @@ def test_refuses_other_architectures(engine_config, hf_config, tmp_path):
 def test_refuses_what_vllm_takes_on_gpus_only(engine_config, section, field, value, flag):
     config = engine_config()
     startup.refuse_unsupported(config)
-    changed = _Changed(config, section, _Changed(getattr(config, section), field, value))
+    part = copy(getattr(config, section))
+    # Properties of the section must see the value too.
+    object.__setattr__(part, field, value)
+    changed = _Changed(config, section, part)
     with pytest.raises(ParadeConfigError, match=f"^{flag}"):
         startup.refuse_unsupported(changed)
 

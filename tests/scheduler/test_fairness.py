@@ -8,7 +8,6 @@ import random
 from types import SimpleNamespace
 
 import pytest
-
 from vllm.v1.core.sched.interface import PauseState
 
 from tests.scheduler.conftest import OVERTAKES

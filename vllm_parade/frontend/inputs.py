@@ -59,6 +59,13 @@ def _instruction(
     name = parade_request.parade_name
     if request.sampling_params is None or request.prompt_token_ids is None:
         raise VLLMValidationError(f"adapter {name!r} applies to text generation from tokens only")
+    if request.prompt_embeds is not None or request.mm_features:
+        # Behind equal placeholder tokens two tenants' embeddings differ, and with them the vectors that they need.
+        raise VLLMValidationError(
+            f"the prompt holds embeddings, but adapter {name!r} finds what it has read by its tokens; "
+            "send the prompt as text or tokens, or ask the base model",
+            parameter="prompt_embeds",
+        )
     prompt_tokens = len(request.prompt_token_ids)
     tokens = parade_request.instruction_tokens or prompt_tokens
     if tokens > prompt_tokens:

@@ -121,13 +121,14 @@ def refuse_unsupported(vllm_config: "VllmConfig") -> None:
 def _unsupported(vllm_config: "VllmConfig") -> list[tuple[str, bool, str]]:
     model, parallel, scheduler = vllm_config.model_config, vllm_config.parallel_config, vllm_config.scheduler_config
     compilation, speculative = vllm_config.compilation_config, vllm_config.speculative_config
-    architecture = (model.architectures or ["?"])[0]
+    # What vLLM builds, whatever the model's own config names: --model-impl can ask for another class.
+    architecture = model.architecture
     environment = {name: os.environ.get(name, "0") not in ("", "0") for name in os.environ}
     return [
         (
             f"model architecture {architecture}",
             architecture not in ARCHITECTURES or model.is_encoder_decoder,
-            f"supported are {', '.join(ARCHITECTURES)}",
+            f"supported are {', '.join(ARCHITECTURES)}, in vLLM's own implementation",
         ),
         ("--runner pooling", model.runner_type == "pooling", "pooling models generate nothing"),
         (
@@ -151,7 +152,16 @@ def _unsupported(vllm_config: "VllmConfig") -> list[tuple[str, bool, str]]:
             speculative is not None and speculative.method not in SPECULATIVE_METHODS,
             f"supported methods are {', '.join(SPECULATIVE_METHODS)}",
         ),
-        ("--enable-dbo", bool(parallel.enable_dbo), "vectors are looked up by token position, which it cuts up"),
+        (
+            "--enable-dbo" if parallel.enable_dbo else f"--ubatch-size {parallel.ubatch_size}",
+            bool(parallel.use_ubatching),
+            "vectors are looked up by token position, and micro-batches start counting anew; drop it",
+        ),
+        (
+            "--prefill-context-parallel-size",
+            parallel.prefill_context_parallel_size > 1,
+            "a generator must see the whole prompt on one rank; leave it at 1",
+        ),
         (
             "--data-parallel-size",
             parallel.data_parallel_size > 1,
