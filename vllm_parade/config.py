@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 # Key of the knobs in EngineArgs.additional_config, where flags and keywords are folded; once the engine's config is
 # made only what its compile cache must know stays there.
 CONFIG_KEY = "parade"
+# Most adapters that host memory holds unless --max-cpu-parades says otherwise.
+MOST_HOST_ADAPTERS = 256
 
 
 class ParadeConfigError(ValueError):
@@ -70,7 +72,8 @@ class ServingConfig:
     max_parades: int = 32
     """Adapters resident on the device. Only reading a prompt needs one there; decoding needs none."""
     max_cpu_parades: int | None = None
-    """Adapters held in host memory; by default as many as max-parades or parade-modules, whichever is more."""
+    """Adapters held in host memory. By default as many as an eighth of the machine's memory holds, at most 256, but
+    never fewer than max-parades or the number of parade-modules."""
     max_parade_rank: int = 16
     """Largest bottleneck size r that an adapter may have. Device memory for max-parades adapters of this size is taken
     at start."""
@@ -126,9 +129,9 @@ class ServingConfig:
             )
 
     @property
-    def host_capacity(self) -> int:
-        """Adapters that host memory may hold."""
-        return self.max_cpu_parades or max(self.max_parades, len(self.parade_modules))
+    def least_cpu_parades(self) -> int:
+        """Adapters that host memory must hold: those that device memory may hold, and all of parade-modules."""
+        return max(self.max_parades, len(self.parade_modules))
 
     def num_rows(self, max_num_seqs: int) -> int:
         """Rows of the vector tables: the identity, one for every request that can run, and the cached ones."""

@@ -64,18 +64,29 @@ SEAMS = (
     Seam(
         "vllm.entrypoints.generate.beam_search.online",
         "BeamSearchOnlineMixin.beam_search",
-        f"{FRONTEND}.models:beam_search",
+        f"{FRONTEND}.online:beam_search",
         ("lora_request",),
     ),
     Seam(
         "vllm.entrypoints.openai.models.serving",
         "OpenAIServingModels.init_static_loras",
-        f"{FRONTEND}.models:init_static_loras",
+        f"{FRONTEND}.online:init_static_loras",
     ),
-    Seam("vllm.v1.engine.llm_engine", "LLMEngine.add_request", f"{FRONTEND}.adapters:add_request", ("lora_request",)),
     Seam(
-        "vllm.v1.engine.async_llm", "AsyncLLM.add_request", f"{FRONTEND}.adapters:add_request_async", ("lora_request",)
+        "vllm.v1.engine.llm_engine",
+        "LLMEngine.add_request",
+        f"{FRONTEND}.held:add_request",
+        ("request_id", "params", "lora_request"),
     ),
+    Seam("vllm.v1.engine.llm_engine", "LLMEngine.step", f"{FRONTEND}.held:step"),
+    Seam("vllm.v1.engine.llm_engine", "LLMEngine.has_unfinished_requests", f"{FRONTEND}.held:has_unfinished_requests"),
+    Seam(
+        "vllm.v1.engine.llm_engine",
+        "LLMEngine.get_num_unfinished_requests",
+        f"{FRONTEND}.held:get_num_unfinished_requests",
+    ),
+    Seam("vllm.v1.engine.llm_engine", "LLMEngine.abort_request", f"{FRONTEND}.held:abort_request", ("request_ids",)),
+    Seam("vllm.v1.engine.async_llm", "AsyncLLM.add_request", f"{FRONTEND}.online:add_request", ("lora_request",)),
     Seam(
         "vllm.v1.engine.input_processor",
         "InputProcessor.process_inputs",

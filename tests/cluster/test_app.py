@@ -72,7 +72,7 @@ def test_all_engines_get_the_same_knobs_whatever_adapters_there_are_when_they_st
         "max_num_seqs": 8,
         "max_parades": 4,
         "enable_parade": True,
-        "max_cpu_parades": 4,
+        "max_cpu_parades": 256,
         "parade_sites": ["q", "v", "up"],
     }
     # Replicas have other working directories.

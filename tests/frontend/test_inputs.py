@@ -12,7 +12,7 @@ from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_parade import ParadeRequest
 from vllm_parade.frontend import inputs
-from vllm_parade.frontend.adapters import AdapterRegistry
+from vllm_parade.frontend.adapters import AdapterRegistry, run
 from vllm_parade.plugin import register
 from vllm_parade.request import EXTRA_ARGS_KEY, Instruction
 
@@ -46,10 +46,8 @@ def processor(make_processor, request_a):
     return processor
 
 
-def loaded(processor, request):
-    registry = AdapterRegistry.of(processor)
-    registry.use(request, engine_is_idle=True)
-    registry.commit(request, [], [{"ok": True, "content_hash": HASH}])
+def loaded(processor, request, content=HASH):
+    run(AdapterRegistry.of(processor).load(request), lambda method, args: [{"ok": True, "content_hash": content}])
 
 
 def process(processor, adapter=None, prompt=PROMPT, params=None, **options):
@@ -83,9 +81,8 @@ def test_salts_tell_apart_what_must_not_share(make_processor, request_a):
     """Equal requests share keys and values; another adapter, instruction or user's salt has its own."""
     processor = make_processor(enable_parade=True)
     other = ParadeRequest("b", "/x/b")
-    for request, content in ((request_a, HASH), (other, "f00d")):
-        registry = AdapterRegistry.of(processor)
-        registry.commit(request, [], [{"ok": True, "content_hash": content}])
+    loaded(processor, request_a)
+    loaded(processor, other, "f00d")
     short = ParadeRequest("a", "/x/a", instruction_tokens=9)
 
     def salt(adapter, prompt=PROMPT):

@@ -11,15 +11,14 @@ from vllm_parade.config import ParadeConfigError, ParadeModule, ServingConfig, g
 def test_defaults():
     config = ServingConfig()
     assert not config.enable_parade
-    assert (config.max_parades, config.host_capacity, config.max_parade_rank) == (32, 32, 16)
+    assert (config.max_parades, config.max_cpu_parades, config.max_parade_rank) == (32, None, 16)
     assert config.sites == ("q", "v", "up")
 
 
-def test_host_memory_holds_at_least_all_modules():
+def test_host_memory_must_hold_all_modules():
     modules = [f"m{number}=/x/{number}" for number in range(5)]
-    assert ServingConfig(True, parade_modules=modules, max_parades=2).host_capacity == 5
-    assert ServingConfig(True, parade_modules=modules, max_parades=8).host_capacity == 8
-    assert ServingConfig(True, parade_modules=modules, max_parades=2, max_cpu_parades=6).host_capacity == 6
+    assert ServingConfig(True, parade_modules=modules, max_parades=2).least_cpu_parades == 5
+    assert ServingConfig(True, parade_modules=modules, max_parades=8).least_cpu_parades == 8
 
 
 @pytest.mark.parametrize(

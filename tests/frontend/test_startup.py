@@ -52,6 +52,22 @@ class TestEnabled:
         config = engine_config(enable_parade=True, parade_modules=modules(adapters, "a", "five"))
         assert ServingConfig.from_vllm_config(config).sites == ("q", "k", "v", "gate", "up")
 
+    @pytest.mark.parametrize(
+        ("memory", "options", "capacity"),
+        [
+            (1 << 40, {}, 256),
+            # An adapter takes 2 layers * (16 * (128 + 384 + 16 + 16) + 384) numbers of 4 bytes.
+            (8 * 100 * 72_704, {}, 100),
+            (8 * 100 * 72_704, {"max_cpu_parades": 300}, 300),
+            (8 * 100 * 72_704, {"max_parades": 120}, 120),
+            (1 << 20, {}, 32),
+        ],
+    )
+    def test_host_memory_holds_a_share_of_the_machines(self, engine_config, monkeypatch, memory, options, capacity):
+        monkeypatch.setattr(startup.psutil, "virtual_memory", lambda: SimpleNamespace(total=memory))
+        config = ServingConfig.from_vllm_config(engine_config(enable_parade=True, dtype="float32", **options))
+        assert config.max_cpu_parades == capacity
+
     def test_keeps_others_additional_config(self, engine_config):
         config = engine_config(enable_parade=True, additional_config={"mine": 1})
         assert config.additional_config["mine"] == 1

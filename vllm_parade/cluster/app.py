@@ -16,7 +16,7 @@ from vllm_parade.cluster.coordinator import Coordinator
 from vllm_parade.cluster.ingress import Ingress
 from vllm_parade.cluster.replica import Replica
 from vllm_parade.cluster.router import AffinityRouter
-from vllm_parade.config import ParadeModule, ServingConfig, given_sites
+from vllm_parade.config import MOST_HOST_ADAPTERS, ParadeModule, ServingConfig, given_sites
 
 # Requests at a time that Serve lets through to the ingress and to the coordinator, which only wait.
 MANY = 100_000
@@ -108,7 +108,9 @@ class Arguments(BaseModel, extra="forbid"):
         knobs = {name: self.engine[name] for name in ServingConfig.__dataclass_fields__ if name in self.engine}
         config = ServingConfig.from_dict({**knobs, "enable_parade": True, "parade_modules": self.adapters})
         sites = config.parade_sites or given_sites([load_config(module.path).sites for module in self.adapters])
-        return ServingConfig.from_dict({**vars(config), "parade_sites": sites, "max_cpu_parades": config.host_capacity})
+        # Adapters that an administrator loads are all kept, so no share of memory limits them.
+        capacity = config.max_cpu_parades or max(config.least_cpu_parades, MOST_HOST_ADAPTERS)
+        return ServingConfig.from_dict({**vars(config), "parade_sites": sites, "max_cpu_parades": capacity})
 
     def engine_options(self) -> dict[str, Any]:
         """Flags of every replica's engine."""

@@ -11,7 +11,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 
 from vllm_parade.cluster.entries import Entry, Report, Snapshot
-from vllm_parade.frontend.adapters import AdapterRegistry, load_adapter
+from vllm_parade.frontend.adapters import AdapterRegistry, ensure_loaded
 from vllm_parade.request import ParadeRequest
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class Follower:
         request = self._held.get(module.name)
         if request is None:
             request = ParadeRequest(module.name, module.path, base_model_name=module.base_model_name)
-            await load_adapter(self.engine, request)
+            await ensure_loaded(self.engine, request)
         content = self.registry.content_hash(request)
         if entry.content not in (None, content):
             raise VLLMValidationError(

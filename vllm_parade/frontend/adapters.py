@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which adapters the workers hold, and how a new one gets there: before its first request is, never inside a step."""
+"""Which adapters the workers hold in host memory, and how an adapter gets there before its first request runs."""
 
 import asyncio
-import inspect
 from collections import OrderedDict
-from collections.abc import Callable
-from functools import lru_cache
+from collections.abc import Callable, Collection, Generator
 from typing import TYPE_CHECKING, Any
 
 from vllm.exceptions import VLLMValidationError
@@ -17,54 +15,35 @@ from vllm_parade.request import ParadeRequest
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.input_processor import InputProcessor
-    from vllm.v1.engine.llm_engine import LLMEngine
 
 logger = init_logger("vllm.parade.adapters")
 
 AdapterKey = tuple[str, str]
-
-
-@lru_cache(maxsize=64)
-def _position(function: Callable[..., Any], name: str) -> int:
-    # The first parameter is self, which the arguments of a wrapped method lack.
-    return list(inspect.signature(function).parameters).index(name) - 1
-
-
-def argument(wrapped: Any, args: tuple, kwargs: dict[str, Any], name: str) -> Any:
-    """Value of a wrapped method's argument, however it was passed; None where it was not."""
-    if name in kwargs:
-        return kwargs[name]
-    position = _position(wrapped.__func__, name)
-    return args[position] if position < len(args) else None
-
-
-def with_argument(
-    wrapped: Any, args: tuple, kwargs: dict[str, Any], name: str, value: Any
-) -> tuple[tuple, dict[str, Any]]:
-    """The arguments of a wrapped method with another value for `name`, however it was passed."""
-    position = _position(wrapped.__func__, name)
-    if position < len(args):
-        return (*args[:position], value, *args[position + 1 :]), kwargs
-    return args, {**kwargs, name: value}
+# Yields a worker method and its arguments, and is sent the answers of all workers.
+RemoteCalls = Generator[tuple[str, tuple[Any, ...]], list[Any], None]
 
 
 class AdapterRegistry:
     """What the front end knows of the adapters in the workers' host memory.
 
-    The front end decides what is read and what makes room for it, so that all workers do the same. Whatever
-    makes room is forgotten only when all of them have read the new one. Adapters of requests that may still run are
-    never evicted.
+    The front end decides what is read and what is evicted for it, so that all workers do the same. An evicted adapter
+    is forgotten only when all workers have read the new one. Adapters of requests that may still run are never evicted.
     """
 
     def __init__(self, config: ServingConfig) -> None:
         self.config = config
+        self.capacity = config.max_cpu_parades or config.least_cpu_parades
+        """Adapters that host memory may hold."""
         self.lock = asyncio.Lock()
+        """Held while an adapter is loaded, so that loads follow each other."""
+        self.loads: set[asyncio.Task[None]] = set()
+        """Loads under way. asyncio itself keeps no task alive."""
+        self.stale: set[str] = set()
+        """Content hashes that workers hold but nobody may use, until the workers have been told to forget them."""
+        self.arriving = 0
+        """Requests whose adapter is loaded, but which the engine does not count as unfinished yet."""
         self._hashes: OrderedDict[AdapterKey, str] = OrderedDict()
         self._in_use: set[AdapterKey] = set()
-        # Content hashes of what workers hold in vain, until they have been told.
-        self.stale: set[str] = set()
-        # Requests that have their adapter and that the engine does not count as unfinished yet.
-        self.arriving = 0
         self._pinned: set[AdapterKey] = set()
 
     @classmethod
@@ -83,43 +62,64 @@ class AdapterRegistry:
 
     def content_hash(self, request: ParadeRequest) -> str:
         """Content hash of a resident adapter."""
-        key = _key(request)
+        key = key_of(request)
         if key not in self._hashes:
             raise VLLMValidationError(f"adapter {request.parade_name!r} ({request.parade_path}) is not loaded")
         return self._hashes[key]
 
-    def use(self, request: ParadeRequest, *, engine_is_idle: bool) -> bool:
-        """Mark an adapter as used if it is resident; returns whether it is."""
-        if engine_is_idle and not self.arriving:
-            self._in_use.clear()
-        key = _key(request)
+    def keep_in_use(self, keys: Collection[AdapterKey]) -> None:
+        """Mark only these adapters as used by requests that may still run."""
+        self._in_use = self._hashes.keys() & keys
+
+    def use(self, request: ParadeRequest) -> bool:
+        """Mark an adapter as in use if it is resident. Returns whether it is resident."""
+        key = key_of(request)
         if key in self._hashes:
             self._in_use.add(key)
             self._hashes.move_to_end(key)
             return True
         return False
 
-    def make_room(self) -> list[AdapterKey]:
-        """Adapters to evict so that one more fits, least recently used first.
+    def has_room(self) -> bool:
+        """Whether one more adapter fits, if need be by evicting one that is neither in use nor pinned."""
+        return self._num_excess() <= len(self._evictable())
+
+    def load(self, request: ParadeRequest) -> RemoteCalls:
+        """Make an adapter resident and in use: the remote calls that this takes.
 
         Raises:
-            VLLMValidationError: every resident adapter may still have running requests.
+            VLLMValidationError: there is no room, or the adapter cannot be used; nothing has changed.
         """
-        excess = len(self._hashes) + 1 - self.config.host_capacity
-        idle = [key for key in self._hashes if key not in self._in_use and key not in self._pinned]
-        if excess > len(idle):
+        if not self.has_room():
             raise VLLMValidationError(
                 f"all {len(self._hashes)} adapters in host memory are in use; raise --max-cpu-parades "
-                f"(max_cpu_parades), now {self.config.host_capacity}"
+                f"(max_cpu_parades), now {self.capacity}"
             )
-        return idle[: max(excess, 0)]
+        evicted = self._evictable()[: max(self._num_excess(), 0)]
+        answers = yield "parade_add", (request.parade_path,)
+        try:
+            self._commit(request, evicted, answers)
+        finally:
+            if self.stale:
+                yield "parade_forget", (sorted(self.stale),)
+                self.stale.clear()
 
-    def commit(self, request: ParadeRequest, evicted: list[AdapterKey], answers: list[dict[str, Any]]) -> None:
-        """Take note of what the workers answered to a load; the adapter is then in use.
+    def pin(self, request: ParadeRequest) -> None:
+        """Keep an adapter until it is unpinned."""
+        self._pinned.add(key_of(request))
 
-        Raises:
-            VLLMValidationError: the adapter cannot be used; nothing has changed.
-        """
+    def unpin(self, request: ParadeRequest) -> None:
+        """Let an adapter be evicted when its requests have ended. An adapter that is not pinned stays as it is."""
+        self._pinned.discard(key_of(request))
+
+    def _num_excess(self) -> int:
+        return len(self._hashes) + 1 - self.capacity
+
+    def _evictable(self) -> list[AdapterKey]:
+        """Adapters that may be evicted, least recently used first."""
+        return [key for key in self._hashes if key not in self._in_use and key not in self._pinned]
+
+    def _commit(self, request: ParadeRequest, evicted: list[AdapterKey], answers: list[dict[str, Any]]) -> None:
         held = {answer["content_hash"] for answer in answers if answer["ok"]}
         errors = [answer["error"] for answer in answers if not answer["ok"]]
         if not errors and len(held) > 1:
@@ -128,76 +128,57 @@ class AdapterRegistry:
             self._note_stale(held)
             raise VLLMValidationError(f"adapter {request.parade_name!r}: {errors[0]}")
         left = {self._hashes.pop(key) for key in evicted}
-        self._hashes[_key(request)] = held.pop()
+        self._hashes[key_of(request)] = held.pop()
         self._note_stale(left)
-        self._in_use.add(_key(request))
+        self._in_use.add(key_of(request))
         logger.info("Loaded PARADE adapter %r from %s", request.parade_name, request.parade_path)
 
     def _note_stale(self, content_hashes: set[str]) -> None:
         # The same content may be resident under another name.
         self.stale = (self.stale | content_hashes) - set(self._hashes.values())
 
-    def pin(self, request: ParadeRequest) -> None:
-        """Keep an adapter until it is unpinned."""
-        self._pinned.add(_key(request))
 
-    def unpin(self, request: ParadeRequest) -> None:
-        """Let an adapter make room for others when its requests have ended; one that is not pinned stays as it is."""
-        self._pinned.discard(_key(request))
-
-
-def _key(request: ParadeRequest) -> AdapterKey:
+def key_of(request: ParadeRequest) -> AdapterKey:
+    """What makes two requests ask for the same adapter."""
     return request.parade_name, request.parade_path
 
 
-def add_request(wrapped: Callable[..., Any], instance: "LLMEngine", args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Wraps LLMEngine.add_request: load the request's adapter first."""
-    request = argument(wrapped, args, kwargs, "lora_request")
-    if isinstance(request, ParadeRequest):
-        registry = AdapterRegistry.of(instance.input_processor)
-        if not registry.use(request, engine_is_idle=not instance.has_unfinished_requests()):
-            evicted = registry.make_room()
-            answers = instance.collective_rpc("parade_add", args=(request.parade_path,))
-            try:
-                registry.commit(request, evicted, answers)
-            finally:
-                if registry.stale:
-                    instance.collective_rpc("parade_forget", args=(sorted(registry.stale),))
-                    registry.stale.clear()
-    return wrapped(*args, **kwargs)
+def run(calls: RemoteCalls, collective_rpc: Callable[..., list[Any]]) -> None:
+    """Make remote calls one after the other."""
+    method, args = next(calls)
+    try:
+        while True:
+            method, args = calls.send(collective_rpc(method, args=args))
+    except StopIteration:
+        return
 
 
-async def load_adapter(engine: "AsyncLLM", request: ParadeRequest) -> None:
-    """Make sure that the workers hold an adapter.
+async def ensure_loaded(engine: "AsyncLLM", request: ParadeRequest) -> None:
+    """Make sure that the workers hold an adapter, and mark it as in use.
+
+    A client that goes away cancels its own wait and not the load: else workers would hold an adapter that the registry
+    does not know.
 
     Raises:
-        VLLMValidationError: it cannot be used; what was loaded before stays.
+        VLLMValidationError: the adapter cannot be used; what was loaded before stays.
     """
     registry = AdapterRegistry.of(engine.input_processor)
+    load = asyncio.ensure_future(_load(engine, registry, request))
+    registry.loads.add(load)
+    load.add_done_callback(registry.loads.discard)
+    await asyncio.shield(load)
+
+
+async def _load(engine: "AsyncLLM", registry: AdapterRegistry, request: ParadeRequest) -> None:
     async with registry.lock:
-        if registry.use(request, engine_is_idle=not engine.output_processor.has_unfinished_requests()):
+        if not engine.output_processor.has_unfinished_requests() and not registry.arriving:
+            registry.keep_in_use(())
+        if registry.use(request):
             return
-        evicted = registry.make_room()
-        answers = await engine.collective_rpc("parade_add", args=(request.parade_path,))
+        calls = registry.load(request)
+        method, args = next(calls)
         try:
-            registry.commit(request, evicted, answers)
-        finally:
-            if registry.stale:
-                await engine.collective_rpc("parade_forget", args=(sorted(registry.stale),))
-                registry.stale.clear()
-
-
-async def add_request_async(
-    wrapped: Callable[..., Any], instance: "AsyncLLM", args: tuple, kwargs: dict[str, Any]
-) -> Any:
-    """Wraps AsyncLLM.add_request: load the request's adapter first."""
-    request = argument(wrapped, args, kwargs, "lora_request")
-    if not isinstance(request, ParadeRequest):
-        return await wrapped(*args, **kwargs)
-    await load_adapter(instance, request)
-    registry = AdapterRegistry.of(instance.input_processor)
-    registry.arriving += 1
-    try:
-        return await wrapped(*args, **kwargs)
-    finally:
-        registry.arriving -= 1
+            while True:
+                method, args = calls.send(await engine.collective_rpc(method, args=args))
+        except StopIteration:
+            return

@@ -114,8 +114,8 @@ _FIELD_HELP = {
         "hold requests of any number of adapters."
     ),
     "max_cpu_parades": (
-        "Adapters held in host memory, at least max-parades. By default max-parades or the number of parade-modules, "
-        "whichever is more."
+        "Adapters held in host memory, at least max-parades. By default as many as an eighth of the machine's memory "
+        "holds, at most 256, but never fewer than max-parades or the number of parade-modules."
     ),
     "max_parade_rank": (
         "Largest bottleneck size r that an adapter may have. Device memory for max-parades adapters of this size is "

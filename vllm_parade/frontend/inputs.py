@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from vllm.exceptions import VLLMValidationError
 
 from vllm_parade.config import ServingConfig, step_tokens
-from vllm_parade.frontend.adapters import AdapterRegistry, argument, with_argument
+from vllm_parade.frontend.adapters import AdapterRegistry
+from vllm_parade.frontend.signatures import argument, with_argument
 from vllm_parade.request import EXTRA_ARGS_KEY, Instruction, ParadeRequest
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 from vllm.v1.metrics.utils import create_metric_per_engine
 
 from vllm_parade.config import ServingConfig
-from vllm_parade.frontend.adapters import argument
+from vllm_parade.frontend.signatures import argument
 from vllm_parade.stats import PREFIX, RowCounts
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from typing import Any
 
 from vllm.exceptions import VLLMValidationError
 
-from vllm_parade.frontend.adapters import argument
+from vllm_parade.frontend.signatures import argument
 from vllm_parade.request import ParadeRequest
 
 KEYWORD = "parade_request"

@@ -7,15 +7,24 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 from vllm.compilation.breakable_cudagraph import is_breakable_cudagraph_enabled
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from vllm_parade.adapter import AdapterError, BaseModelShape, load_adapter, load_config
-from vllm_parade.config import CONFIG_KEY, AdditionalConfig, ParadeConfigError, ServingConfig, given_sites
+from vllm_parade.config import (
+    CONFIG_KEY,
+    MOST_HOST_ADAPTERS,
+    AdditionalConfig,
+    ParadeConfigError,
+    ServingConfig,
+    given_sites,
+)
 from vllm_parade.frontend.arguments import COMMAND_LINE
 from vllm_parade.ops import OVERRIDE, use_kernels
+from vllm_parade.ops.packed import max_entries
 
 if TYPE_CHECKING:
     from vllm.config import CompilationConfig, VllmConfig
@@ -24,6 +33,8 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.parade.startup")
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+# The part of the machine's memory that adapters may take unless --max-cpu-parades says otherwise: an eighth.
+HOST_MEMORY_SHARE = 8
 # Drafts that tests have shown to change no token.
 SPECULATIVE_METHODS = ("ngram", "draft_model")
 SCHEDULERS = {False: "vllm_parade.scheduler.ParadeScheduler", True: "vllm_parade.scheduler.ParadeAsyncScheduler"}
@@ -62,7 +73,7 @@ def create_engine_config(
 
 def _enable(vllm_config: "VllmConfig", config: ServingConfig, served_names: str | list[str] | None) -> None:
     refuse_unsupported(vllm_config)
-    config = _with_sites(config)
+    config = _with_host_capacity(_with_sites(config), vllm_config)
     _check_names(vllm_config, config, [served_names] if isinstance(served_names, str) else served_names or [])
     _check_modules(vllm_config, config)
     vllm_config.scheduler_config.scheduler_cls = SCHEDULERS[bool(vllm_config.scheduler_config.async_scheduling)]
@@ -76,6 +87,17 @@ def _with_sites(config: ServingConfig) -> ServingConfig:
     if config.parade_sites is not None:
         return config
     return replace(config, parade_sites=given_sites([load_config(m.path).sites for m in config.parade_modules]))
+
+
+def _with_host_capacity(config: ServingConfig, vllm_config: "VllmConfig") -> ServingConfig:
+    if config.max_cpu_parades is not None:
+        return config
+    shape = BaseModelShape.from_hf_config(vllm_config.model_config.hf_text_config)
+    width = shape.output_width(config.sites)
+    entries = max_entries(shape.num_layers, shape.hidden_size, width, config.max_parade_rank)
+    share = psutil.virtual_memory().total // HOST_MEMORY_SHARE
+    fits = share // (entries * vllm_config.model_config.dtype.itemsize)
+    return replace(config, max_cpu_parades=max(config.least_cpu_parades, min(fits, MOST_HOST_ADAPTERS)))
 
 
 def _check_names(vllm_config: "VllmConfig", config: ServingConfig, served_names: list[str]) -> None:

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters under their names in the OpenAI-compatible server."""
+"""Adapters in the OpenAI-compatible server and in its engine, `AsyncLLM`."""
 
 from collections.abc import AsyncGenerator, Callable
 from typing import TYPE_CHECKING, Any
 
 from vllm_parade.config import ServingConfig
-from vllm_parade.frontend.adapters import AdapterRegistry, argument, load_adapter
+from vllm_parade.frontend.adapters import AdapterRegistry, ensure_loaded
+from vllm_parade.frontend.signatures import argument
 from vllm_parade.request import ParadeRequest
 
 if TYPE_CHECKING:
     from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+    from vllm.v1.engine.async_llm import AsyncLLM
 
 
 async def init_static_loras(
@@ -24,7 +26,7 @@ async def init_static_loras(
     engine = instance.engine_client
     for module in ServingConfig.from_vllm_config(engine.vllm_config).parade_modules:
         request = ParadeRequest(module.name, module.path, base_model_name=module.base_model_name)
-        await load_adapter(engine, request)
+        await ensure_loaded(engine, request)
         AdapterRegistry.of(engine.input_processor).pin(request)
         instance.lora_requests[module.name] = request
 
@@ -40,3 +42,17 @@ async def beam_search(
         kwargs = {**kwargs, "lora_request": request.for_beam_search()}
     async for output in wrapped(*args, **kwargs):
         yield output
+
+
+async def add_request(wrapped: Callable[..., Any], instance: "AsyncLLM", args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Wraps AsyncLLM.add_request: load the request's adapter first."""
+    request = argument(wrapped, args, kwargs, "lora_request")
+    if not isinstance(request, ParadeRequest):
+        return await wrapped(*args, **kwargs)
+    await ensure_loaded(instance, request)
+    registry = AdapterRegistry.of(instance.input_processor)
+    registry.arriving += 1
+    try:
+        return await wrapped(*args, **kwargs)
+    finally:
+        registry.arriving -= 1
