@@ -16,11 +16,11 @@ from benchmarks.models import SIZES
 from benchmarks.workloads import spread
 from vllm_parade.adapter import AdapterConfig, BaseModelShape, GeneratorWeights, initial_generator
 from vllm_parade.config import ServingConfig
-from vllm_parade.layers import BatchMetadata, ParadeLayer, SlotWeights
+from vllm_parade.layers import BatchMetadata, ParadeLayer
 from vllm_parade.layers.sites import SiteShard
 from vllm_parade.ops import reference
 from vllm_parade.ops.job import GeneratorJob
-from vllm_parade.ops.packed import GeneratorLayout, PackedGenerators
+from vllm_parade.ops.packed import GeneratorLayout, PackedGenerators, max_entries
 
 # Prompts x length; a length of 0 is a step without instructions, which costs launches that find nothing to do.
 STEPS = ((1, 274), (1, 600), (1, 8192), (8, 274), (32, 274), (59, 274), (1, 0), (256, 0))
@@ -41,17 +41,18 @@ class Kernels:
         self.config = AdapterConfig()
         numbers, hidden = range(self.shape.num_layers), self.shape.hidden_size
         max_rank = ServingConfig().max_parade_rank
-        self.batch = BatchMetadata.make(MAX_TOKENS, MAX_NUM_SEQS, max_rank, DEVICE)
+        self.batch = BatchMetadata.make(MAX_TOKENS, MAX_NUM_SEQS, max_rank, DEVICE, kernels=True)
         shards = [SiteShard(site, self.shape.widths[site], 0) for site in self.config.sites]
         self.layers = [ParadeLayer(n, shards, MAX_NUM_SEQS + 1, self.batch, DEVICE, DTYPE) for n in numbers]
         width = self.shape.output_width(self.config.sites)
-        slots = SlotWeights(NUM_SLOTS, len(numbers), hidden, width, max_rank, DEVICE, DTYPE)
+        entries = max_entries(len(numbers), hidden, width, max_rank)
+        flat = torch.empty(NUM_SLOTS, entries, device=DEVICE, dtype=DTYPE)
         self.layout = GeneratorLayout.of(self.config, hidden, width)
         random = torch.Generator().manual_seed(0)
         self.packed = PackedGenerators.pack(self.layout, [self._generator(random) for _ in numbers], DTYPE, pin=False)
-        slots.flat[:, : len(self.packed.flat)] = self.packed.flat.to(DEVICE)
-        for number, layer in enumerate(self.layers):
-            layer.bind(slots, number)
+        flat[:, : len(self.packed.flat)] = self.packed.flat.to(DEVICE)
+        for local_idx, layer in enumerate(self.layers):
+            layer.bind(flat, local_idx)
         # Neighbouring tokens have something in common, else every instruction would be pooled to nothing.
         common = torch.randn(MAX_TOKENS // 128, hidden, device=DEVICE, dtype=DTYPE).repeat_interleave(128, 0)
         self.hidden = common + torch.randn(MAX_TOKENS, hidden, device=DEVICE, dtype=DTYPE)

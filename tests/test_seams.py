@@ -19,7 +19,6 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.metrics import loggers
 from vllm.v1.metrics.stats import LoRARequestStates, SchedulerStats
-from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
@@ -142,11 +141,10 @@ class TestOverrides:
             (GPUModelRunner, "_prepare_inputs", ["scheduler_output", "num_scheduled_tokens"]),
             (GPUModelRunner, "_determine_batch_execution_and_padding", ["force_uniform_decode"]),
             (GPUModelRunner, "_dummy_run", ["num_tokens"]),
-            (GPUModelRunner, "load_model", []),
             (version_two_runner(), "prepare_inputs", ["scheduler_output"]),
             (version_two_runner(), "execute_model", ["scheduler_output", "dummy_run"]),
-            (CPUModelRunner, "load_model", []),
             (CPUWorker, "init_device", []),
+            (CPUWorker, "load_model", []),
         ],
         ids=lambda value: getattr(value, "__name__", value if isinstance(value, str) else ""),
     )

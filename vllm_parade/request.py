@@ -109,8 +109,11 @@ class StepPlan:
     """Row of every scheduled PARADE request, by request id."""
     instructions: dict[str, Instruction]
     """Requests whose instruction passes in this step, so that their row must be generated."""
-    upcoming: tuple[str, ...] = ()
-    """Adapters that waiting requests will read with, the next one first; they fit beside those of this step."""
+    slots: dict[str, int] = field(default_factory=dict)
+    """Slot of every adapter that reads one of these instructions, by content hash."""
+    upcoming: dict[str, int] = field(default_factory=dict)
+    """Slots for the adapters of waiting requests, filled while this step runs; the one needed first is the first. This
+    step does not read them."""
 
 
 EMPTY_PLAN = StepPlan(rows={}, instructions={})

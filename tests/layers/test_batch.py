@@ -12,7 +12,7 @@ LAYOUT = GeneratorLayout.of(AdapterConfig(), 32, 48)
 
 @pytest.fixture
 def batch():
-    return BatchMetadata.make(8, 4, 16, torch.device("cpu"))
+    return BatchMetadata.make(8, 4, 16, torch.device("cpu"), kernels=False)
 
 
 def test_begins_with_the_identity(batch):
@@ -54,7 +54,7 @@ def test_jobs_are_those_of_this_step(batch):
 
 
 def test_long_instructions_are_cut_into_tiles():
-    batch = BatchMetadata.make(100, 4, 16, torch.device("cpu"))
+    batch = BatchMetadata.make(100, 4, 16, torch.device("cpu"), kernels=False)
     jobs = [GeneratorJob(row=n, start=0, length=length, slot=0, layout=LAYOUT) for n, length in ((1, 33), (2, 64))]
     batch.prepare([1, 2], [33, 64], jobs)
     assert batch.step.counts.tolist() == [2, 4, 0, 0]

@@ -14,12 +14,12 @@ from vllm.config import CUDAGraphMode
 from vllm.forward_context import override_forward_context
 
 from vllm_parade.adapter import Adapter, AdapterConfig, AdapterError, BaseModelShape, adapted_layers, initial_generator
-from vllm_parade.layers import BatchMetadata, SlotWeights, adjust_model
+from vllm_parade.layers import BatchMetadata, adjust_model
 from vllm_parade.layers.generator import LAYERS_KEY
 from vllm_parade.layers.model import UnsupportedModelError
 from vllm_parade.ops import reference
 from vllm_parade.ops.job import GeneratorJob
-from vllm_parade.ops.packed import GeneratorLayout, PackedGenerators
+from vllm_parade.ops.packed import GeneratorLayout, PackedGenerators, max_entries
 
 HIDDEN, HEAD, HEADS, KV_HEADS, INTERMEDIATE, LAYERS, ROWS, TOKENS = 16, 4, 4, 2, 24, 2, 5, 12
 SHAPE = BaseModelShape(
@@ -91,7 +91,7 @@ class Adjusted:
 
     def __init__(self, sites=("q", "v", "up")):
         self.model, self.plain = make_model(), make_model()
-        self.batch = BatchMetadata.make(TOKENS, 4, 16, CPU)
+        self.batch = BatchMetadata.make(TOKENS, 4, 16, CPU, kernels=False)
         self.context = {}
         self.layers = adjust_model(
             self.model,
@@ -102,9 +102,10 @@ class Adjusted:
             device=CPU,
             dtype=torch.float32,
         )
-        self.weights = SlotWeights(2, LAYERS, HIDDEN, self.layers[0].table.shape[1], 16, CPU, torch.float32)
-        for number, layer in enumerate(self.layers):
-            layer.bind(self.weights, number)
+        width = self.layers[0].table.shape[1]
+        self.flat = torch.empty(2, max_entries(LAYERS, HIDDEN, width, 16))
+        for local_idx, layer in enumerate(self.layers):
+            layer.bind(self.flat, local_idx)
 
     def run(self, index, hidden, residual=None):
         context = SimpleNamespace(no_compile_layers=self.context, cudagraph_runtime_mode=CUDAGraphMode.NONE)
@@ -114,7 +115,7 @@ class Adjusted:
     def activate(self, adapter, slot=0):
         shards = [layer.shard(adapter, SHAPE) for layer in self.layers]
         packed = PackedGenerators.pack(layout_of(adapter), shards, torch.float32, pin=False)
-        self.weights.exchange({slot: packed}, [slot])
+        self.flat[slot, : len(packed.flat)] = packed.flat
 
 
 def layout_of(adapter):
@@ -284,12 +285,12 @@ def test_the_generator_op_finds_each_layer_by_its_table():
     adjusted = Adjusted()
     norms = [layer.input_layernorm for layer in adjusted.model.layers]
     assert [adjusted.context[LAYERS_KEY][norm.parade_table.data_ptr()] for norm in norms] == adjusted.layers
-    assert [layer.index for layer in adjusted.layers] == [0, 1]
+    assert [layer.layer_idx for layer in adjusted.layers] == [0, 1]
 
 
 class TestUnsupportedModels:
     def adjust(self, model):
-        batch = BatchMetadata.make(TOKENS, 4, 16, CPU)
+        batch = BatchMetadata.make(TOKENS, 4, 16, CPU, kernels=False)
         adjust_model(
             model,
             sites=("q",),
@@ -317,7 +318,7 @@ def test_weights_that_the_models_dtype_cannot_hold_are_refused():
     adapter.generators[1].up[0, 0] = 1e5
     context: dict = {}
     sizes = {"sites": ("q", "v", "up"), "num_rows": 2}
-    batch = BatchMetadata.make(TOKENS, 4, 16, CPU)
+    batch = BatchMetadata.make(TOKENS, 4, 16, CPU, kernels=False)
     layers = adjust_model(make_model(), **sizes, batch=batch, forward_context=context, device=CPU, dtype=torch.float16)
     layers[0].shard(adapter, SHAPE)
     with pytest.raises(AdapterError, match=r"up\.weight of layer 1 overflows in torch\.float16"):

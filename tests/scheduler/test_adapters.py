@@ -16,7 +16,7 @@ def test_more_adapters_than_slots_take_turns(make_engine):
     for name, adapter in zip("ghijk", "BCDEA", strict=True):
         engine.add(name, 2, adapter, max_tokens=1)
     engine.step()
-    assert (list(engine.plan.instructions), engine.plan.upcoming) == (["g", "h", "i", "j"], ())
+    assert (list(engine.plan.instructions), engine.plan.upcoming) == (["g", "h", "i", "j"], {})
     engine.step()
     assert list(engine.plan.instructions) == ["k"]
 
@@ -27,7 +27,8 @@ def test_one_slot_is_enough(make_engine):
         engine.add(name, 2, name.upper(), max_tokens=1)
     for name in "abc":
         engine.step()
-        assert ("".join(engine.plan.instructions), engine.plan.upcoming) == (name, ())
+        assert ("".join(engine.plan.instructions), engine.plan.slots) == (name, {name.upper(): 0})
+        assert engine.plan.upcoming == {}
 
 
 def test_plan_names_the_adapters_that_come_next(make_engine):
@@ -48,7 +49,38 @@ def test_what_finds_its_vectors_needs_no_adapter_soon(make_engine):
         engine.add(name, 4, "X" if name < "c" else "Y", tokens=[1, 2, 3, 4], max_tokens=1)
     engine.step()
     # b reads what a reads; c reads the same under another adapter.
-    assert engine.plan.upcoming == ("Y",)
+    assert engine.plan.upcoming == {"Y": 1}
+
+
+def test_the_plan_says_where_each_adapter_is(make_engine):
+    """3 slots, an instruction a step. The adapter that has gone longest without being read or coming loses its slot."""
+    engine = make_engine(step_tokens=4, max_parades=3)
+    for name, adapter in zip("abcdefg", "XYZXWYX", strict=True):
+        engine.add(name, 4, adapter, max_tokens=1)
+    plans = []
+    for _ in range(7):
+        engine.step()
+        plans.append((engine.plan.slots, engine.plan.upcoming))
+    assert plans == [
+        ({"X": 0}, {"Y": 1, "Z": 2}),
+        ({"Y": 1}, {"Z": 2, "X": 0}),
+        # W takes the slot of Y, which was read before X was named as coming.
+        ({"Z": 2}, {"X": 0, "W": 1}),
+        ({"X": 0}, {"W": 1, "Y": 2}),
+        ({"W": 1}, {"Y": 2, "X": 0}),
+        ({"Y": 2}, {"X": 0}),
+        ({"X": 0}, {}),
+    ]
+
+
+def test_a_step_without_tokens_copies_nothing(make_engine):
+    """Workers pass over it, so what it would have copied would not be where later plans expect it."""
+    engine = make_engine(step_tokens=8, pipeline=1, max_num_seqs=1)
+    engine.add("a", 4, "X", max_tokens=1)
+    engine.step()
+    engine.add("b", 4, "Y", max_tokens=1)
+    engine.expect(({}, "a", "b", {"a": 1}, ""))
+    assert (engine.plan.slots, engine.plan.upcoming) == ({}, {})
 
 
 def test_decoding_needs_no_slot(make_engine):

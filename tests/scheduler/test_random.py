@@ -77,8 +77,11 @@ class Simulation:
         self.vectors = {name: vectors for name, vectors in self.vectors.items() if name in held}
         output = self.scheduler.schedule()
         plan = getattr(output, PLAN_ATTRIBUTE)
-        adapters = {instruction.adapter for instruction in plan.instructions.values()}
-        assert len(adapters) <= self.scheduler.max_adapters_per_step
+        assert plan.slots.keys() == {instruction.adapter for instruction in plan.instructions.values()}
+        # No copy that is made while the step runs goes into a slot that the step reads.
+        taken = [*plan.slots.values(), *plan.upcoming.values()]
+        assert len(set(taken)) == len(taken) <= self.scheduler.slots.num_slots
+        assert not plan.upcoming.keys() & plan.slots.keys()
         for name, instruction in plan.instructions.items():
             self.table[plan.rows[name]] = (instruction.key, self.resets)
         for name, count in output.num_scheduled_tokens.items():

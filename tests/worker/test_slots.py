@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which adapters hold a slot, with fakes for adapters and layers."""
+"""What a worker holds in host memory and in its slots, with fakes for adapters and layers."""
 
 from types import SimpleNamespace
 
@@ -9,141 +9,114 @@ import torch
 from vllm_parade.adapter import AdapterConfig, BaseModelShape, initial_generator
 from vllm_parade.worker.slots import AdapterSlots
 
-SHAPE = object()
 CONFIG = AdapterConfig()
-MODEL = BaseModelShape(8, 2, {"q": 8, "k": 8, "v": 8, "gate": 8, "up": 8})
+SHAPE = BaseModelShape(64, 2, {"q": 64, "k": 64, "v": 64, "gate": 96, "up": 96})
 
 
 class FakeLayer:
-    """Shards of one number: the code of the adapter's name."""
+    """Shards whose biases hold one number: the code of the adapter's name."""
+
+    table = torch.empty(1, SHAPE.output_width(CONFIG.sites))
 
     def shard(self, adapter, shape):
         assert shape is SHAPE
-        weights = initial_generator(adapter.config, MODEL)
+        weights = initial_generator(adapter.config, SHAPE)
         weights.bias.fill_(ord(adapter.content_hash))
         return weights
 
 
-class FakeWeights:
-    """Remembers what each slot holds."""
-
-    def __init__(self, num_slots):
-        self.flat = torch.empty(num_slots, 0)
-        self.hidden_size, self.width = MODEL.hidden_size, MODEL.output_width(CONFIG.sites)
-        self.names = [""] * num_slots
-
-    def __len__(self):
-        return len(self.names)
-
-    def exchange(self, adapters, read):
-        self.read = set(read)
-        self.copy_ahead(adapters)
-
-    def copy_ahead(self, adapters):
-        for slot, packed in adapters.items():
-            biases = [packed.layout.views(packed.flat, layer).bias for layer in range(2)]
-            self.names[slot] = "".join(chr(int(bias[0])) for bias in biases)
-
-
-@pytest.fixture
-def slots():
-    """2 slots; a to d are in host memory."""
-    slots = AdapterSlots([FakeLayer(), FakeLayer()], SHAPE, FakeWeights(2))
-    for name in "abcd":
+def make_slots(device="cpu", names="abcd"):
+    """2 slots; the named adapters are in host memory."""
+    slots = AdapterSlots(2, [FakeLayer(), FakeLayer()], SHAPE, 16, torch.device(device), torch.float32)
+    for name in names:
         slots.add(SimpleNamespace(content_hash=name, config=CONFIG))
     return slots
 
 
-def on_device(slots):
-    """Names that hold a slot; all layers hold the same in it."""
-    for name, slot in slots.device.items():
-        assert slots.weights.names[slot] == 2 * name
-    return "".join(sorted(slots.device))
+@pytest.fixture
+def slots():
+    return make_slots()
+
+
+def held(slots, slot):
+    """Name of the adapter whose weights are in a slot; all layers hold the same."""
+    layout = slots.host["d"].layout
+    codes = {int(code) for layer in range(2) for code in layout.views(slots.flat[slot], layer).bias}
+    (code,) = codes
+    return chr(code)
 
 
 def test_host_memory_alone_takes_no_slot(slots):
-    assert on_device(slots) == ""
+    assert slots.contents == [None, None]
     assert list(slots.host) == list("abcd")
 
 
-@pytest.mark.parametrize(
-    ("steps", "left"),
-    [
-        (["a"], "a"),
-        (["a", "a"], "a"),
-        (["a", "b"], "ab"),
-        (["ab"], "ab"),
-        # The least recently used one goes.
-        (["a", "b", "c"], "bc"),
-        (["a", "b", "a", "c"], "ac"),
-        (["ab", "", "c", "d"], "cd"),
-        # Those of one step come together: b, though older than a, stays.
-        (["b", "a", "bc"], "bc"),
-        (["b", "a", "cb"], "bc"),
-        (["ab", "cd"], "cd"),
-    ],
-)
-def test_least_recently_used_goes(slots, steps, left):
-    for step in steps:
-        taken = slots.activate(list(step))
-        assert slots.weights.read == set(taken.values())
-        assert set(step) <= set(on_device(slots))
-    assert on_device(slots) == left
+def test_a_slot_holds_what_the_plan_says(slots):
+    for step in ({"a": 0}, {"a": 0, "b": 1}, {}, {"c": 0}, {"b": 1, "d": 0}):
+        slots.activate(step)
+        for name, slot in step.items():
+            assert (held(slots, slot), slots.contents[slot]) == (name, name)
 
 
-def test_upcoming_ones_have_their_slot_before_their_step(slots):
-    taken = slots.activate(["a"])
-    slots.prefetch(["b"])
-    assert slots.weights.read == set(taken.values())
-    assert on_device(slots) == "ab"
-    # Both stay as long as they are wanted; c takes the slot of a, which no step reads any more.
-    slots.activate(["a"])
-    slots.prefetch(["b"])
-    assert on_device(slots) == "ab"
-    slots.activate([])
-    slots.prefetch(["b", "c"])
-    assert on_device(slots) == "bc"
+def test_upcoming_adapters_are_in_their_slot_before_their_step(slots, monkeypatch):
+    slots.activate({"a": 0})
+    slots.prefetch({"b": 1})
+    assert (held(slots, 0), held(slots, 1)) == ("a", "b")
+    monkeypatch.setattr(slots, "_copy", lambda adapters: pytest.fail("copied again") if adapters else None)
+    slots.activate({"a": 0, "b": 1})
+    slots.prefetch({"b": 1})
 
 
-def test_upcoming_ones_that_are_gone_are_passed_over(slots):
+def test_a_slot_that_holds_another_adapter_is_never_read(slots):
+    """A copy that the scheduler counted on may not have been made: its request was aborted, its adapter forgotten."""
+    slots.activate({"a": 0})
     slots.remove("b")
-    slots.activate(["a"])
-    slots.prefetch(["b"])
-    assert on_device(slots) == "a"
+    slots.prefetch({"b": 1, "c": 0})
+    assert slots.contents == ["c", None]
+    slots.add(SimpleNamespace(content_hash="b", config=CONFIG))
+    slots.activate({"a": 0, "b": 1})
+    assert (held(slots, 0), held(slots, 1)) == ("a", "b")
 
 
-def test_more_than_there_are_slots_is_a_bug_of_the_scheduler(slots):
-    with pytest.raises(AssertionError, match="3 adapters for 2 slots"):
-        slots.activate(["a", "b", "c"])
-
-
-def test_what_was_never_loaded_is_an_error(slots):
-    slots.activate(["a"])
+def test_an_adapter_that_was_never_loaded_is_an_error(slots):
+    slots.activate({"a": 0})
     with pytest.raises(KeyError, match="unheard of"):
-        slots.activate(["unheard of"])
-    assert on_device(slots) == "a"
+        slots.activate({"unheard of": 0})
+    assert slots.contents == ["a", None]
 
 
-def test_remove_takes_the_slot_too(slots):
-    slots.activate(["a", "b"])
-    slots.remove("a")
-    assert on_device(slots) == "b"
-    assert "a" not in slots.host
-    slots.activate(["c"])
-    assert on_device(slots) == "bc"
+def test_remove_frees_host_memory(slots):
+    slots.activate({"a": 0})
+    for name in ("a", "b", "b", "unheard of"):
+        slots.remove(name)
+    assert list(slots.host) == list("cd")
+    # Equal content is the same adapter.
+    assert (held(slots, 0), slots.contents[0]) == ("a", "a")
 
 
-def test_remove_of_what_has_no_slot(slots):
-    slots.activate(["a"])
-    slots.remove("b")
-    slots.remove("b")
-    slots.remove("unheard of")
-    assert on_device(slots) == "a"
-    assert list(slots.host) == list("acd")
+@pytest.mark.triton
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="streams need a GPU")
+def test_a_copy_waits_for_the_step_that_reads_the_slot():
+    slots = make_slots("cuda")
+    read = torch.zeros(2, device="cuda")
+    for number, name in enumerate("ab"):
+        slots.activate({name: 0})
+        # A step that takes its time before it reads.
+        torch.cuda._sleep(50_000_000)
+        read[number] = slots.host[name].layout.views(slots.flat[0], 0).bias[0]
+    assert read.tolist() == [ord("a"), ord("b")]
 
 
-def test_the_same_content_twice_is_one_adapter(slots):
-    slots.activate(["a"])
-    slots.add(SimpleNamespace(content_hash="a", config=CONFIG))
-    slots.activate(["a"])
-    assert on_device(slots) == "a"
+@pytest.mark.triton
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="streams need a GPU")
+def test_a_step_waits_for_what_was_copied_while_the_last_one_ran():
+    slots = make_slots("cuda")
+    slots.activate({"a": 0})
+    torch.cuda._sleep(50_000_000)
+    # The copy waits for the step that sleeps; another step, which does not, reads it.
+    slots.prefetch({"b": 1})
+    with torch.cuda.stream(torch.cuda.Stream()):
+        slots.activate({"b": 1})
+        read = slots.host["b"].layout.views(slots.flat[1], 0).bias.clone()
+        torch.cuda.current_stream().synchronize()
+    assert (read == ord("b")).all()

@@ -4,6 +4,5 @@
 from vllm_parade.layers.batch import BatchMetadata
 from vllm_parade.layers.generator import ParadeLayer
 from vllm_parade.layers.model import adjust_model
-from vllm_parade.layers.weights import SlotWeights
 
-__all__ = ["BatchMetadata", "ParadeLayer", "SlotWeights", "adjust_model"]
+__all__ = ["BatchMetadata", "ParadeLayer", "adjust_model"]

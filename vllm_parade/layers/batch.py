@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_parade.ops import use_kernels
 from vllm_parade.ops.job import GeneratorJob, GeneratorStep, step_size
 
 
@@ -22,17 +21,25 @@ class BatchMetadata:
     step: GeneratorStep
     """The instructions of the step for the kernels: views."""
     workspace: Tensor | None
-    """[workspace size] float32, what one kernel leaves for the next; None without kernels."""
+    """[workspace size] float32, what one kernel leaves for the next; None where generators run as the reference."""
+    max_rank: int
+    """Largest r of any adapter, which the workspace is sized for."""
     jobs: list[GeneratorJob] = field(default_factory=list)
     """The instructions of this step."""
     is_clear: bool = True
     """Whether all rows and counts in the buffer are zero: nothing but the base model runs."""
 
     @classmethod
-    def make(cls, max_num_tokens: int, max_num_seqs: int, max_rank: int, device: torch.device) -> "BatchMetadata":
-        """Allocate for steps of at most so many tokens and requests, and adapters of at most `max_rank`."""
+    def make(
+        cls, max_num_tokens: int, max_num_seqs: int, max_rank: int, device: torch.device, *, kernels: bool
+    ) -> "BatchMetadata":
+        """Allocate for steps of at most so many tokens and requests, and adapters of at most `max_rank`.
+
+        Args:
+            kernels: whether generators run as Triton kernels; else as the reference
+        """
         workspace = None
-        if use_kernels(device.type):
+        if kernels:
             from vllm_parade.ops.generate import workspace_size
 
             workspace = torch.empty(workspace_size(max_num_tokens, max_rank), device=device)
@@ -46,6 +53,7 @@ class BatchMetadata:
             token_rows=buffer[:max_num_tokens],
             step=step,
             workspace=workspace,
+            max_rank=max_rank,
         )
 
     def prepare(self, request_rows: list[int], request_tokens: list[int], jobs: list[GeneratorJob]) -> None:

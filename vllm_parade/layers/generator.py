@@ -13,7 +13,6 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from vllm_parade.adapter import Adapter, AdapterConfig, AdapterError, BaseModelShape, GeneratorWeights
 from vllm_parade.layers.batch import BatchMetadata
 from vllm_parade.layers.sites import SiteShard, shard_generator
-from vllm_parade.layers.weights import SlotWeights
 from vllm_parade.ops import reference
 from vllm_parade.ops.job import GeneratorJob
 
@@ -26,24 +25,30 @@ class ParadeLayer:
 
     def __init__(
         self,
-        index: int,
+        layer_idx: int,
         shards: list[SiteShard],
         num_rows: int,
         batch: BatchMetadata,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        self.index = index
+        self.layer_idx = layer_idx
+        """Of the model's layers."""
         self.shards = shards
         self.batch = batch
         # Row 0 is never written, so that scaling by it is exact.
         self.table = torch.ones(num_rows, sum(shard.width for shard in shards), device=device, dtype=dtype)
-        self.slots: SlotWeights
-        self.number: int
+        self.flat: Tensor
+        self.local_idx: int
 
-    def bind(self, slots: SlotWeights, number: int) -> None:
-        """Read generators from `slots`; `number` counts the layers of this worker."""
-        self.slots, self.number = slots, number
+    def bind(self, flat: Tensor, local_idx: int) -> None:
+        """Read generators from the slots.
+
+        Args:
+            flat: [slots, entries], packed generators
+            local_idx: of this worker's layers
+        """
+        self.flat, self.local_idx = flat, local_idx
 
     def shard(self, adapter: Adapter, shape: BaseModelShape) -> GeneratorWeights | None:
         """This rank's part of an adapter's generator in host memory; None if it has none.
@@ -51,7 +56,7 @@ class ParadeLayer:
         Raises:
             AdapterError: a weight that the model's dtype cannot hold.
         """
-        weights = adapter.generators.get(self.index)
+        weights = adapter.generators.get(self.layer_idx)
         if weights is None:
             return None
         local = shard_generator(weights, adapter.config, shape, self.shards, self.table.dtype)
@@ -59,7 +64,7 @@ class ParadeLayer:
         narrower = torch.finfo(self.table.dtype).max < torch.finfo(weights.up.dtype).max
         for name, tensor in local.named_tensors().items() if narrower else ():
             if not tensor.isfinite().all():
-                raise AdapterError(f"{adapter.path}: {name} of layer {self.index} overflows in {self.table.dtype}")
+                raise AdapterError(f"{adapter.path}: {name} of layer {self.layer_idx} overflows in {self.table.dtype}")
         return local
 
     def generate(self, layer_input: Tensor, attention_input: Tensor) -> None:
@@ -69,20 +74,26 @@ class ParadeLayer:
             layer_input: [tokens, hidden], the residual stream
             attention_input: [tokens, hidden], the same after the layer's first norm
         """
-        if self.batch.workspace is not None:
-            from vllm_parade.ops.generate import generate_rows
+        if self.batch.workspace is None:
+            self._run_reference(layer_input, attention_input)
+        else:
+            self._run_kernels(layer_input, attention_input, self.batch.workspace)
 
-            generate_rows(
-                layer_input,
-                attention_input,
-                self.table,
-                self.slots.flat,
-                self.number,
-                self.batch.step,
-                self.batch.workspace,
-                self.slots.max_rank,
-            )
-            return
+    def _run_kernels(self, layer_input: Tensor, attention_input: Tensor, workspace: Tensor) -> None:
+        from vllm_parade.ops.generate import generate_rows
+
+        generate_rows(
+            layer_input,
+            attention_input,
+            self.table,
+            self.flat,
+            self.local_idx,
+            self.batch.step,
+            workspace,
+            self.batch.max_rank,
+        )
+
+    def _run_reference(self, layer_input: Tensor, attention_input: Tensor) -> None:
         by_slot: dict[int, list[GeneratorJob]] = defaultdict(list)
         for job in self.batch.jobs:
             by_slot[job.slot].append(job)
@@ -91,16 +102,14 @@ class ParadeLayer:
             layout = jobs[0].layout
             hidden = layer_input if layout.config.generator_input == "layer_input" else attention_input
             instructions = [hidden[job.start : job.start + job.length] for job in jobs]
-            self.table[rows] = _generate(instructions, layout.views(self.slots.flat[slot], self.number), layout.config)
+            self.table[rows] = _generate(instructions, layout.views(self.flat[slot], self.local_idx), layout.config)
 
-    def warm_up(self) -> None:
+    def warm_up(self, hidden_size: int) -> None:
         """Compile the kernels: inside the capture of a graph, or of a request's first step, it would be too late."""
-        if self.batch.workspace is None:
-            return
         from vllm_parade.ops.generate import warm_up_sizes
 
         for num_tokens in warm_up_sizes(len(self.batch.token_rows)):
-            hidden = self.table.new_empty(num_tokens, self.slots.hidden_size)
+            hidden = self.table.new_empty(num_tokens, hidden_size)
             self.generate(hidden, hidden)
 
 

@@ -53,8 +53,8 @@ def adjust_model(
     for name, module in decoder_layers(model):
         qkv, gate_up = module.self_attn.qkv_proj, module.mlp.gate_up_proj
         shards = {shard.name: shard for shard in (*qkv_shards(qkv), *gate_up_shards(gate_up))}
-        index = int(name.rsplit(".", 1)[-1])
-        layer = ParadeLayer(index, [shards[site] for site in sites], num_rows, batch, device, dtype)
+        layer_idx = int(name.rsplit(".", 1)[-1])
+        layer = ParadeLayer(layer_idx, [shards[site] for site in sites], num_rows, batch, device, dtype)
         _hook_norm(module.input_layernorm, layer)
         _hook_projection(qkv, qkv_shards(qkv), layer, _scale_parts)
         _hook_projection(gate_up, gate_up_shards(gate_up), layer, _scale_output)

@@ -4,22 +4,62 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 
 from torch import Tensor
 
 from vllm_parade.ops.packed import GeneratorLayout
 
-# Columns of `jobs`, one row an instruction: row, start, length, slot, r, capsules, pooler, activation, whether it reads
-# the attention's input, entries of a layer, where query, weight, up and bias begin in it (ABSENT for none), padding.
+
+class JobField(IntEnum):
+    """Columns of `jobs`, one row an instruction."""
+
+    ROW = 0
+    START = 1
+    LENGTH = 2
+    SLOT = 3
+    RANK = 4
+    CAPSULES = 5
+    POOLER = 6
+    """See Pooler."""
+    ACTIVATION = 7
+    """See Activation."""
+    READS_ATTENTION_INPUT = 8
+    """1 for the attention's input, 0 for the layer's."""
+    LAYER_SIZE = 9
+    """Entries of a layer in the slot."""
+    QUERY = 10
+    """Where a tensor begins in its layer; ABSENT for none."""
+    WEIGHT = 11
+    UP = 12
+    BIAS = 13
+
+
+class Pooler(IntEnum):
+    """Names as in the adapter's config."""
+
+    ATTENTIONAL_CAPSULE = 0
+    DYNAMIC_ROUTING = 1
+    LAST_TOKEN = 2
+
+
+class Activation(IntEnum):
+    """Names as in the adapter's config."""
+
+    GELU = 0
+    RELU = 1
+    SILU = 2
+    TANH = 3
+
+
+# Columns of `jobs` with padding. Kernels are compiled for addresses that are multiples of 16 bytes.
 NUM_JOB_FIELDS = 16
 ABSENT = -1
 # Columns of `tiles`, one row a piece of an instruction: the job and the first token within it.
 NUM_TILE_FIELDS = 2
-# Number of jobs, number of tiles, padding. Kernels are compiled for addresses that are multiples of 16 bytes.
+# Number of jobs, number of tiles, padding.
 NUM_COUNTS = 4
 BLOCK_TOKENS = 32
-POOLER_NUMBERS = {"attentional_capsule": 0, "dynamic_routing": 1, "last_token": 2}
-ACTIVATION_NUMBERS = {"gelu": 0, "relu": 1, "silu": 2, "tanh": 3}
 
 
 @dataclass(frozen=True)
@@ -57,7 +97,7 @@ class GeneratorStep:
         fields: list[int] = []
         tiles: list[int] = []
         for number, job in enumerate(jobs):
-            fields += [job.row, job.start, job.length, job.slot, *_kind(job.layout)]
+            fields += _record(job)
             for first in range(0, job.length, BLOCK_TOKENS):
                 tiles += [number, first]
         for tensor, numbers in ((self.jobs, fields), (self.tiles, tiles)):
@@ -71,15 +111,22 @@ def step_size(max_num_tokens: int, max_jobs: int) -> int:
     return NUM_COUNTS + max_jobs * NUM_JOB_FIELDS + max_tiles * NUM_TILE_FIELDS
 
 
-def _kind(layout: GeneratorLayout) -> tuple[int, ...]:
-    config, offsets = layout.config, layout.offsets
-    return (
-        config.r,
-        config.num_capsules,
-        POOLER_NUMBERS[config.pooler],
-        ACTIVATION_NUMBERS[config.activation],
-        int(config.generator_input == "attention_input"),
-        layout.size,
-        *(offsets.get(name, ABSENT) for name in ("pooler.query", "pooler.weight", "up.weight", "up.bias")),
-        *(0, 0),
-    )
+def _record(job: GeneratorJob) -> list[int]:
+    config, offsets = job.layout.config, job.layout.offsets
+    values: dict[int, int] = {
+        JobField.ROW: job.row,
+        JobField.START: job.start,
+        JobField.LENGTH: job.length,
+        JobField.SLOT: job.slot,
+        JobField.RANK: config.r,
+        JobField.CAPSULES: config.num_capsules,
+        JobField.POOLER: Pooler[config.pooler.upper()],
+        JobField.ACTIVATION: Activation[config.activation.upper()],
+        JobField.READS_ATTENTION_INPUT: int(config.generator_input == "attention_input"),
+        JobField.LAYER_SIZE: job.layout.size,
+        JobField.QUERY: offsets.get("pooler.query", ABSENT),
+        JobField.WEIGHT: offsets.get("pooler.weight", ABSENT),
+        JobField.UP: offsets["up.weight"],
+        JobField.BIAS: offsets["up.bias"],
+    }
+    return [values.get(field, 0) for field in range(NUM_JOB_FIELDS)]

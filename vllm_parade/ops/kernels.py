@@ -14,6 +14,28 @@ and (7).
 import triton
 import triton.language as tl
 
+from vllm_parade.ops.job import Activation, JobField, Pooler
+
+ROW = tl.constexpr(int(JobField.ROW))
+START = tl.constexpr(int(JobField.START))
+LENGTH = tl.constexpr(int(JobField.LENGTH))
+SLOT = tl.constexpr(int(JobField.SLOT))
+RANK = tl.constexpr(int(JobField.RANK))
+CAPSULES = tl.constexpr(int(JobField.CAPSULES))
+POOLER = tl.constexpr(int(JobField.POOLER))
+ACTIVATION = tl.constexpr(int(JobField.ACTIVATION))
+READS_ATTENTION_INPUT = tl.constexpr(int(JobField.READS_ATTENTION_INPUT))
+LAYER_SIZE = tl.constexpr(int(JobField.LAYER_SIZE))
+QUERY = tl.constexpr(int(JobField.QUERY))
+WEIGHT = tl.constexpr(int(JobField.WEIGHT))
+UP = tl.constexpr(int(JobField.UP))
+BIAS = tl.constexpr(int(JobField.BIAS))
+ATTENTIONAL_CAPSULE = tl.constexpr(int(Pooler.ATTENTIONAL_CAPSULE))
+LAST_TOKEN = tl.constexpr(int(Pooler.LAST_TOKEN))
+GELU = tl.constexpr(int(Activation.GELU))
+RELU = tl.constexpr(int(Activation.RELU))
+SILU = tl.constexpr(int(Activation.SILU))
+
 
 @triton.jit(do_not_specialize=["layer", "num_tokens", "split_blocks", "logits_start"])
 def project_kernel(
@@ -45,13 +67,13 @@ def project_kernel(
     for tile in range(tl.program_id(0), tl.load(counts + 1), tl.num_programs(0)):
         job = jobs + tl.load(tiles + tile * 2) * NUM_JOB_FIELDS
         first = tl.load(tiles + tile * 2 + 1)
-        start, length, slot = tl.load(job + 1), tl.load(job + 2), tl.load(job + 3)
-        r, capsules, layer_size = tl.load(job + 4), tl.load(job + 5), tl.load(job + 9)
-        query, weight = tl.load(job + 10), tl.load(job + 11)
+        start, length, slot = tl.load(job + START), tl.load(job + LENGTH), tl.load(job + SLOT)
+        r, capsules, layer_size = tl.load(job + RANK), tl.load(job + CAPSULES), tl.load(job + LAYER_SIZE)
+        query, weight = tl.load(job + QUERY), tl.load(job + WEIGHT)
         # As the packing promises.
         down = flat + tl.multiple_of(slot.to(tl.int64) * SLOT_SIZE + layer.to(tl.int64) * layer_size, ALIGNMENT)
         hidden = layer_input
-        if tl.load(job + 8) == 1:
+        if tl.load(job + READS_ATTENTION_INPUT) == 1:
             hidden = attention_input
         tokens = first + tl.arange(0, BLOCK_TOKENS)
         inside = tokens < length
@@ -94,7 +116,9 @@ def _activate(z, activation):
     silu = z * tl.sigmoid(z)
     gelu = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
     tanh = 2.0 * tl.sigmoid(2.0 * z) - 1.0
-    return tl.where(activation == 0, gelu, tl.where(activation == 1, relu, tl.where(activation == 2, silu, tanh)))
+    return tl.where(
+        activation == GELU, gelu, tl.where(activation == RELU, relu, tl.where(activation == SILU, silu, tanh))
+    )
 
 
 @triton.jit
@@ -125,7 +149,7 @@ def _pool_capsule(
     live = entries < size
     columns = begin + entries
     z = tl.zeros([BLOCK_C], dtype=tl.float32)
-    if pooler == 2:
+    if pooler == LAST_TOKEN:
         z = _load_parts(messages, (start + length - 1).to(tl.int64) * BLOCK_R + columns, live, part, SPLITS)
     else:
         for routing_pass in tl.static_range(2):
@@ -140,7 +164,7 @@ def _pool_capsule(
                 both = inside[:, None] & live[None, :]
                 message = _load_parts(messages, place[:, None] + columns[None, :], both, part, SPLITS)
                 logit = tl.zeros([BLOCK_TOKENS], dtype=tl.float32)
-                if pooler == 0:
+                if pooler == ATTENTIONAL_CAPSULE:
                     logit += _load_parts(logits, place + capsule, inside, part, SPLITS)
                 if routing_pass == 1:
                     logit += tl.sum(message * z[None, :], axis=1)
@@ -174,8 +198,13 @@ def pool_kernel(
     activated = logits + logits_start
     for number in range(tl.program_id(0), tl.load(counts), tl.num_programs(0)):
         job = jobs + number * NUM_JOB_FIELDS
-        start, length = tl.load(job + 1), tl.load(job + 2)
-        r, capsules, pooler, activation = tl.load(job + 4), tl.load(job + 5), tl.load(job + 6), tl.load(job + 7)
+        start, length = tl.load(job + START), tl.load(job + LENGTH)
+        r, capsules, pooler, activation = (
+            tl.load(job + RANK),
+            tl.load(job + CAPSULES),
+            tl.load(job + POOLER),
+            tl.load(job + ACTIVATION),
+        )
         for capsule in range(tl.program_id(1), capsules, tl.num_programs(1)):
             # Last-token pooling knows no capsules, but its r entries are shared out among the programs just the same;
             # the last one takes what division leaves over.
@@ -223,8 +252,13 @@ def write_kernel(
     element = table.dtype.element_ty
     for number in range(tl.program_id(1), tl.load(counts), tl.num_programs(1)):
         job = jobs + number * NUM_JOB_FIELDS
-        row, slot, r, layer_size = tl.load(job), tl.load(job + 3), tl.load(job + 4), tl.load(job + 9)
-        up, bias = tl.load(job + 12), tl.load(job + 13)
+        row, slot, r, layer_size = (
+            tl.load(job + ROW),
+            tl.load(job + SLOT),
+            tl.load(job + RANK),
+            tl.load(job + LAYER_SIZE),
+        )
+        up, bias = tl.load(job + UP), tl.load(job + BIAS)
         generator = slot.to(tl.int64) * SLOT_SIZE + layer.to(tl.int64) * layer_size
         z = tl.load(workspace + activated_start + number * BLOCK_R + columns, mask=columns < r, other=0.0)
         # The projection's input is in the model's dtype, as for every other linear layer.

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Vector rows, and the rule that an instruction passes whole."""
+"""Vector rows, adapter slots, and the rule that an instruction passes whole."""
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from vllm_parade.scheduler.rows import RowCache
 from vllm_parade.scheduler.scheduler import ParadeSchedulerMixin
+from vllm_parade.scheduler.slots import SlotCache
 
-__all__ = ["ParadeAsyncScheduler", "ParadeScheduler", "ParadeSchedulerMixin", "RowCache"]
+__all__ = ["ParadeAsyncScheduler", "ParadeScheduler", "ParadeSchedulerMixin", "RowCache", "SlotCache"]
 
 
 class ParadeScheduler(ParadeSchedulerMixin, Scheduler):

@@ -13,7 +13,6 @@ of every step first. So that a long one is not kept waiting while the rest goes 
 share of one step, or none, once an instruction has found no room in PATIENCE steps.
 """
 
-from collections import OrderedDict
 from collections.abc import Collection
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -24,6 +23,7 @@ from vllm.v1.request import RequestStatus
 from vllm_parade.config import ServingConfig, drafting_slots, step_tokens
 from vllm_parade.request import PLAN_ATTRIBUTE, Instruction, InstructionKey, StepPlan
 from vllm_parade.scheduler.rows import RowCache
+from vllm_parade.scheduler.slots import SlotCache
 from vllm_parade.stats import RowCounts
 
 if TYPE_CHECKING:
@@ -51,18 +51,17 @@ def instruction_of(request: "Request") -> Instruction | None:
 
 
 class ParadeSchedulerMixin(Base):
-    """Mixed into vLLM's schedulers; owns the vector rows."""
+    """Mixed into vLLM's schedulers; owns the vector rows and the adapter slots."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         config = ServingConfig.from_vllm_config(self.vllm_config)
         self.rows = RowCache(config.num_rows(self.scheduler_config.max_num_seqs))
-        self.max_adapters_per_step = config.max_parades
-        # An adapter that is on the device joins a step while slots last. One that must be copied there first joins
+        self.slots = SlotCache(config.max_parades)
+        # An adapter that has a slot joins a step while slots last. One that must be copied into a slot first joins
         # while half of them are left: the other half is filled while the step runs, so that only the first step of a
         # crowd waits for its copies.
         self.max_cold_adapters_per_step = max(1, config.max_parades // 2)
-        self.on_device: OrderedDict[str, None] = OrderedDict()
         self.step_adapters: set[str] = set()
         # Requests that may be the ones to read an instruction in this step; only those that run by then do.
         self.step_readers: dict[InstructionKey, Request] = {}
@@ -155,8 +154,8 @@ class ParadeSchedulerMixin(Base):
     def _can_generate(self, instruction: Instruction) -> bool:
         if instruction.adapter in self.step_adapters:
             return True
-        is_cold = instruction.adapter not in self.on_device
-        return len(self.step_adapters) < (self.max_cold_adapters_per_step if is_cold else self.max_adapters_per_step)
+        is_cold = instruction.adapter not in self.slots
+        return len(self.step_adapters) < (self.max_cold_adapters_per_step if is_cold else self.slots.num_slots)
 
     def _update_after_schedule(self, scheduler_output: "SchedulerOutput") -> None:
         setattr(scheduler_output, PLAN_ATTRIBUTE, self._plan(scheduler_output.num_scheduled_tokens))
@@ -184,25 +183,21 @@ class ParadeSchedulerMixin(Base):
             rows[name] = self.rows.allocate(name, instruction.key)
             instructions[name] = instruction
         adapters = dict.fromkeys(instruction.adapter for instruction in instructions.values())
-        upcoming = self._upcoming(adapters)
-        for adapter in (*upcoming, *adapters):
-            self.on_device[adapter] = None
-            self.on_device.move_to_end(adapter)
-        # The least recently used ones lose their slots.
-        while len(self.on_device) > self.max_adapters_per_step:
-            self.on_device.popitem(last=False)
-        return StepPlan(rows, instructions, upcoming)
+        slots = self.slots.activate(adapters)
+        # Workers pass over a step without tokens, and what it would have copied.
+        upcoming = self.slots.activate(self._upcoming(adapters)) if scheduled else {}
+        return StepPlan(rows, instructions, slots, upcoming)
 
-    def _upcoming(self, adapters: Collection[str]) -> tuple[str, ...]:
+    def _upcoming(self, adapters: Collection[str]) -> Collection[str]:
         """Adapters of the next instructions to come, for the slots that those of this step leave."""
         upcoming: dict[str, None] = {}
         for request in islice(self.waiting, self.max_num_running_reqs):
-            if len(adapters) + len(upcoming) == self.max_adapters_per_step:
+            if len(adapters) + len(upcoming) == self.slots.num_slots:
                 break
             instruction = self._unread(request)
             if instruction is not None and instruction.adapter not in adapters:
                 upcoming[instruction.adapter] = None
-        return tuple(upcoming)
+        return upcoming
 
     def _preempt_request(self, request: "Request", *args: Any, **kwargs: Any) -> Any:
         self.rows.release(request.request_id)

@@ -11,7 +11,8 @@ from vllm.logger import init_logger
 
 from vllm_parade.adapter import AdapterError, BaseModelShape, load_adapter
 from vllm_parade.config import ServingConfig
-from vllm_parade.layers import BatchMetadata, SlotWeights, adjust_model
+from vllm_parade.layers import BatchMetadata, adjust_model
+from vllm_parade.ops import use_kernels
 from vllm_parade.ops.job import GeneratorJob
 from vllm_parade.request import IDENTITY_ROW, StepPlan
 from vllm_parade.worker.slots import AdapterSlots
@@ -29,8 +30,10 @@ class ParadeManager:
         self.config = ServingConfig.from_vllm_config(vllm_config)
         self.shape = BaseModelShape.from_hf_config(vllm_config.model_config.hf_text_config)
         scheduler, dtype = vllm_config.scheduler_config, vllm_config.model_config.dtype
-        max_rank = self.config.max_parade_rank
-        self.batch = BatchMetadata.make(scheduler.max_num_batched_tokens, scheduler.max_num_seqs, max_rank, device)
+        max_rank, kernels = self.config.max_parade_rank, use_kernels(device.type)
+        self.batch = BatchMetadata.make(
+            scheduler.max_num_batched_tokens, scheduler.max_num_seqs, max_rank, device, kernels=kernels
+        )
         layers = adjust_model(
             model,
             sites=self.config.sites,
@@ -40,19 +43,11 @@ class ParadeManager:
             device=device,
             dtype=dtype,
         )
-        weights = SlotWeights(
-            self.config.max_parades,
-            len(layers),
-            self.shape.hidden_size,
-            layers[0].table.shape[1],
-            max_rank,
-            device,
-            dtype,
-        )
-        for number, layer in enumerate(layers):
-            layer.bind(weights, number)
-        layers[0].warm_up()
-        self.slots = AdapterSlots(layers, self.shape, weights)
+        self.slots = AdapterSlots(self.config.max_parades, layers, self.shape, max_rank, device, dtype)
+        for local_idx, layer in enumerate(layers):
+            layer.bind(self.slots.flat, local_idx)
+        if kernels:
+            layers[0].warm_up(self.shape.hidden_size)
 
     def add_adapter(self, path: str) -> dict[str, Any]:
         """Read an adapter into host memory.
@@ -83,8 +78,7 @@ class ParadeManager:
             request_ids: requests in batch order
             num_tokens: tokens of each request in this step
         """
-        adapters = {instruction.adapter for instruction in plan.instructions.values()}
-        slots = self.slots.activate(adapters)
+        self.slots.activate(plan.slots)
         rows = [plan.rows.get(request_id, IDENTITY_ROW) for request_id in request_ids]
         tokens = [num_tokens[request_id] for request_id in request_ids]
         jobs = []
@@ -93,7 +87,7 @@ class ParadeManager:
             for request_id, row, start in zip(request_ids, rows, accumulate(tokens, initial=0), strict=False):
                 instruction = plan.instructions.get(request_id)
                 if instruction is not None:
-                    layout = self.slots.host[instruction.adapter].layout
-                    jobs.append(GeneratorJob(row, start, instruction.tokens, slots[instruction.adapter], layout))
+                    layout, slot = self.slots.host[instruction.adapter].layout, plan.slots[instruction.adapter]
+                    jobs.append(GeneratorJob(row, start, instruction.tokens, slot, layout))
         self.batch.prepare(rows, tokens, jobs)
         self.slots.prefetch(plan.upcoming)

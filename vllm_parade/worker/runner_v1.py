@@ -18,11 +18,6 @@ class ParadeModelRunnerMixin(Base):
 
     parade: ParadeManager
 
-    def load_model(self, *args: Any, **kwargs: Any) -> None:
-        """Load the model, then give its layers their vector tables: before profiling measures memory."""
-        super().load_model(*args, **kwargs)
-        self.parade = ParadeManager(self.vllm_config, self.get_model(), self.device)
-
     def _prepare_inputs(self, scheduler_output: "SchedulerOutput", *args: Any, **kwargs: Any) -> Any:
         # After this step's requests have entered the batch and taken their order, before the forward pass.
         prepared = super()._prepare_inputs(scheduler_output, *args, **kwargs)

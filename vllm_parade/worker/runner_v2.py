@@ -23,11 +23,6 @@ class ParadeModelRunnerV2Mixin(Base):
 
     parade: ParadeManager
 
-    def load_model(self, *args: Any, **kwargs: Any) -> None:
-        """Load the model, then give its layers their vector tables: before profiling measures memory."""
-        super().load_model(*args, **kwargs)
-        self.parade = ParadeManager(self.vllm_config, self.get_model(), self.device)
-
     def prepare_inputs(self, scheduler_output: "SchedulerOutput", *args: Any, **kwargs: Any) -> "InputBatch":
         """Fill the step's metadata as soon as the batch has its order. Dummy runs never come here."""
         input_batch = super().prepare_inputs(scheduler_output, *args, **kwargs)

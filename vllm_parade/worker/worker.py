@@ -3,6 +3,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from vllm_parade.worker.manager import ParadeManager
 from vllm_parade.worker.runner_v1 import ParadeModelRunnerMixin
 from vllm_parade.worker.runner_v2 import ParadeModelRunnerV2Mixin
 
@@ -21,6 +22,12 @@ class ParadeWorkerMixin(Base):
         mixin = ParadeModelRunnerV2Mixin if self.use_v2_model_runner else ParadeModelRunnerMixin
         runner_class = type(self.model_runner)
         self.model_runner.__class__ = type(f"Parade{runner_class.__name__}", (mixin, runner_class), {})
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """Load the model, then give its layers their vector tables: before profiling measures memory."""
+        super().load_model(*args, **kwargs)
+        runner = self.model_runner
+        runner.parade = ParadeManager(self.vllm_config, runner.get_model(), runner.device)
 
     def parade_add(self, path: str) -> dict[str, Any]:
         """Remote call: read an adapter; see ParadeManager.add_adapter."""
