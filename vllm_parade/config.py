@@ -63,26 +63,29 @@ class ParadeModule:
 
 @dataclass(frozen=True)
 class ServingConfig:
-    """How an engine serves PARADE adapters. Flag names: `--enable-parade`, `--parade-modules`, ..."""
+    """How an engine serves PARADE adapters. Each field is a flag (`--enable-parade`), its docstring the flag's help."""
 
     enable_parade: bool = False
     """Serve PARADE adapters."""
     parade_modules: tuple[ParadeModule, ...] = ()
-    """Adapters served from the start, as name=path or JSON {"name": ..., "path": ...}."""
+    """Adapters served from the start: NAME=PATH, or JSON {"name": ..., "path": ..., "base_model_name": ...}. Clients
+    ask for one by giving its name as model."""
     max_parades: int = 32
-    """Adapters resident on the device. Only reading a prompt needs one there; decoding needs none."""
+    """Adapters resident on the device. Only reading a prompt needs one there; decoding needs none, so a batch may hold
+    requests of any number of adapters."""
     max_cpu_parades: int | None = None
-    """Adapters held in host memory. By default as many as an eighth of the machine's memory holds, at most 256, but
-    never fewer than max-parades or the number of parade-modules."""
+    """Adapters held in host memory, at least max-parades. By default as many as an eighth of the machine's memory
+    holds, at most 256, but never fewer than max-parades or the number of parade-modules."""
     max_parade_rank: int = 16
     """Largest bottleneck size r that an adapter may have. Device memory for max-parades adapters of this size is taken
     at start."""
     parade_vector_cache: int = 64
     """Prompts whose vectors are kept after their request, so that the same prompt under the same adapter is not read
-    again: neither by a generator nor, as far as the prefix cache still has it, by the model."""
+    again: neither by a generator nor, as far as the prefix cache still has it, by the model. Each takes one row of the
+    vector tables (1.2 MB for LLaMA-2 7B); 0 keeps none."""
     parade_sites: tuple[str, ...] | None = None
-    """Projections whose outputs can be scaled, out of q, k, v, gate, up; by default q, v, up and what the adapters of
-    parade-modules name. Each costs table memory: max-num-seqs times its width in every layer."""
+    """Projections whose outputs adapters may scale, out of q, k, v, gate, up. By default q, v, up and what the adapters
+    of parade-modules name. Each takes max-num-seqs times its width of device memory in every layer."""
 
     def __post_init__(self) -> None:
         modules = tuple(ParadeModule.parse(module) for module in self.parade_modules)

@@ -69,6 +69,9 @@ class _MergeAdditionalConfig(argparse.Action):
 
 def add_flags(wrapped: Callable[..., Any], instance: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Wraps EngineArgs.add_cli_args: add the ParadeConfig group."""
+    # This module is imported while vLLM's own configuration is.
+    from vllm.config.utils import get_attr_docs
+
     parser = wrapped(*args, **kwargs)
     group = parser.add_argument_group(
         title="ParadeConfig",
@@ -83,17 +86,16 @@ def add_flags(wrapped: Callable[..., Any], instance: Any, args: tuple, kwargs: d
         "parade_vector_cache": {"type": int},
         "parade_sites": {"nargs": "+", "choices": SITES},
     }
+    docs = get_attr_docs(ServingConfig)
     for name, option in options.items():
-        group.add_argument(
-            flag_name(name), action=_FoldKnob, dest=name, default=argparse.SUPPRESS, help=_help(name), **option
-        )
+        text = _help(docs[name], ServingConfig.__dataclass_fields__[name].default)
+        group.add_argument(flag_name(name), action=_FoldKnob, dest=name, default=argparse.SUPPRESS, help=text, **option)
     _merge_additional_config(parser._actions)
     return parser
 
 
-def _help(name: str) -> str:
-    text = " ".join(_FIELD_HELP[name].split())
-    default = ServingConfig.__dataclass_fields__[name].default
+def _help(docstring: str, default: Any) -> str:
+    text = " ".join(docstring.split())
     return text if default in (None, (), False) else f"{text} (default: {default})"
 
 
@@ -101,32 +103,3 @@ def _merge_additional_config(actions: Sequence[argparse.Action]) -> None:
     for action in actions:
         if "--additional-config" in action.option_strings:
             action.__class__ = type("MergeAdditionalConfig", (_MergeAdditionalConfig, type(action)), {})
-
-
-_FIELD_HELP = {
-    "enable_parade": "Serve PARADE adapters.",
-    "parade_modules": (
-        'Adapters served from the start: NAME=PATH, or JSON {"name": ..., "path": ..., "base_model_name": ...}. '
-        "Clients ask for one by giving its name as model."
-    ),
-    "max_parades": (
-        "Adapters resident on the device. Only reading a prompt needs one there; decoding needs none, so a batch may "
-        "hold requests of any number of adapters."
-    ),
-    "max_cpu_parades": (
-        "Adapters held in host memory, at least max-parades. By default as many as an eighth of the machine's memory "
-        "holds, at most 256, but never fewer than max-parades or the number of parade-modules."
-    ),
-    "max_parade_rank": (
-        "Largest bottleneck size r that an adapter may have. Device memory for max-parades adapters of this size is "
-        "taken at start."
-    ),
-    "parade_vector_cache": (
-        "Prompts whose vectors are kept after their request, so that the same prompt under the same adapter is not "
-        "read again. Each takes one row of the vector tables (1.2 MB for LLaMA-2 7B); 0 keeps none."
-    ),
-    "parade_sites": (
-        "Projections whose outputs adapters may scale. By default q, v, up and what the adapters of parade-modules "
-        "name. Each takes max-num-seqs times its width of device memory in every layer."
-    ),
-}
