@@ -11,12 +11,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
-from base_model import base_model
 from benchmarks.models import make_random_llama
 from tests.adapters import VARIANTS, make_adapter
 from tests.interpreter import INTERPRETED, install
 from tests.oracle import Oracle
 from tests.tasks import write_sst2
+from tools.base_model import base_model
 from vllm_parade import ParadeRequest
 from vllm_parade.adapter import BaseModelShape
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 from peft import PeftModel
 
+from testing.server import server
 from tests import servers
 from tests.engines import prompts
 from tests.oracle import TOLERANCE, Oracle, beams
@@ -50,7 +51,8 @@ def url(smollm: str, adapters: dict[str, ParadeRequest], tmp_path_factory: pytes
         *("--max-model-len", "512", "--max-num-batched-tokens", str(STEP_TOKENS), "--max-num-seqs", "32"),
         *("--enable-parade", "--parade-modules", *given),
     ]
-    with servers.server(smollm, *flags, log=tmp_path_factory.mktemp("server") / "server.log") as url:
+    log = tmp_path_factory.mktemp("server") / "server.log"
+    with server(smollm, *flags, log=log, environment=servers.environment()) as url:
         yield url
 
 
