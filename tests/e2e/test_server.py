@@ -17,10 +17,10 @@ import pytest
 import torch
 from peft import PeftModel
 
+from testing.oracle import TOLERANCE, Oracle, beams
 from testing.server import server
 from tests import servers
 from tests.engines import prompts
-from tests.oracle import TOLERANCE, Oracle, beams
 from vllm_parade import ParadeRequest
 from vllm_parade.train.templates import e2e_prompt, sst2_prompt
 
@@ -154,7 +154,7 @@ def test_several_answers_to_one_prompt(url: str, oracle: Oracle, trained: dict[s
     assert first.token_ids != second.token_ids
     for choice in answer.choices:
         choice.prompt_token_ids = asked["prompt"]
-        with oracle.model(trained["e2e"]) as logprobs:
+        with oracle.logprobs(trained["e2e"]) as logprobs:
             _, values = logprobs(completion_output(choice))
         assert (torch.tensor(choice.logprobs.token_logprobs) - values).abs().max() <= TOLERANCE
 
