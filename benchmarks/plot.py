@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-Record = dict[str, Any]
+from benchmarks.report import Record
+
 LABELS = {"base": "base model", "parade": "PARADE, an adapter a request", "lora": "LoRA, 8 adapters"}
 COLOURS = {"base": "#7f7f7f", "parade": "#1f77b4", "lora": "#e6842a"}
 POPULARITIES = {"uniform": "all as popular", "zipf": "popular by Zipf's law"}
