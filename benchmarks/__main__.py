@@ -52,8 +52,12 @@ def parallel(args: argparse.Namespace) -> None:
 def serve(args: argparse.Namespace) -> None:
     """Servers under recorded traffic."""
     from benchmarks.serve import measure_server
+    from testing.server import ServerError
 
-    _variants(args, lambda settings, _: measure_server(settings, args.trace, args.requests, args.speed))
+    try:
+        _variants(args, lambda settings, _: measure_server(settings, args.trace, args.requests, args.speed))
+    except ServerError as error:
+        raise SystemExit(f"benchmarks: {error}") from error
 
 
 def _variants(
@@ -111,13 +115,13 @@ def exactness(args: argparse.Namespace) -> None:
 
 def cluster(args: argparse.Namespace) -> None:
     """Which replica gets a request, on paper."""
-    from benchmarks.cluster import RULES, Cluster, simulate
+    from benchmarks.cluster import RULES, Simulation, simulate
     from benchmarks.report import save, tables
 
     results = []
     for share in args.utilisation:
-        sizes = Cluster(args.replicas, args.adapters, args.held, args.zipf, share, args.requests)
-        results += [simulate(sizes, name) for name in RULES]
+        simulation = Simulation(args.replicas, args.adapters, args.held, args.zipf, share, args.requests)
+        results += [simulate(simulation, name) for name in RULES]
         save(args.out, vars(args), results)
     print(tables(results))
 
@@ -229,7 +233,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--adapters", type=int, default=100_000, help="default: %(default)s")
     sub.add_argument("--held", type=int, default=256, help="adapters in a replica's host memory (default: %(default)s)")
     sub.add_argument("--zipf", type=float, default=1.0, help="exponent of popularity (default: %(default)s)")
-    sub.add_argument("--utilisation", type=float, nargs="+", default=[0.5, 0.7, 0.85], help="of all slots")
+    text = "share of the requests that can run at a time"
+    sub.add_argument("--utilisation", type=float, nargs="+", default=[0.5, 0.7, 0.85], help=text)
     sub.add_argument("--requests", type=int, default=1_000_000, help="default: %(default)s")
     _out_flag(sub)
 
