@@ -43,7 +43,7 @@ $(BIN)/python:
 
 demo: install ## Start the real server, ask base model and adapters the same prompts, show the answers
 	$(SAY) 'Demo'
-	$(BIN)/python examples/demo.py
+	$(BIN)/python -m examples.demo
 
 test: install ## Run all tests
 	$(SAY) 'Tests'

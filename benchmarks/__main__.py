@@ -9,7 +9,6 @@ Compare only figures of one run: another card, another day, another number.
 
 import argparse
 import json
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -18,9 +17,9 @@ from threading import Barrier
 
 from benchmarks.engine import VARIANTS, Settings
 from benchmarks.models import SIZES
-from benchmarks.workloads import WORKLOADS, Record
-
-STUDY_PARTS = ("mixture", "senders", "long", "conditions", "variants", "budgets", "tasks")
+from benchmarks.report import Record
+from benchmarks.study.command import add_flags, study
+from benchmarks.workloads import WORKLOADS
 
 
 def run(args: argparse.Namespace) -> None:
@@ -53,8 +52,12 @@ def parallel(args: argparse.Namespace) -> None:
 def serve(args: argparse.Namespace) -> None:
     """Servers under recorded traffic."""
     from benchmarks.serve import measure_server
+    from testing.server import ServerError
 
-    _variants(args, lambda settings, _: measure_server(settings, args.trace, args.requests, args.speed))
+    try:
+        _variants(args, lambda settings, _: measure_server(settings, args.trace, args.requests, args.speed))
+    except ServerError as error:
+        raise SystemExit(f"benchmarks: {error}") from error
 
 
 def _variants(
@@ -110,43 +113,15 @@ def exactness(args: argparse.Namespace) -> None:
     main(args)
 
 
-def study(args: argparse.Namespace) -> None:
-    """PARADE beside LoRA and (IA)3 in quality; what is done is saved, whatever becomes of the next group."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from benchmarks.plan import plan, study_tables
-    from benchmarks.report import save
-    from benchmarks.study import Study
-
-    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    base = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(device)
-    planned = [group for part in args.parts for group in plan(part)]
-    groups = [g for g in planned if not args.only or any(name in f"{g.name}, {g.method}" for name in args.only)]
-    folders = {task: args.data / task for group in groups for task in group.tasks}
-    deadline = time.monotonic() + 60 * args.minutes
-    found, results = Study(base, tokenizer, folders, deadline=deadline), []
-    for group in groups:
-        if time.monotonic() > deadline:
-            print(f"{args.minutes} minutes are over; {group.name}, {group.method} and what follows were not run")
-            break
-        mine = list(found.records(replace(group, steps=args.steps or group.steps)))
-        results += mine
-        save(args.out, vars(args), results)
-        print(study_tables(mine), f"{mine[0]['group_s']:.0f} s", flush=True)
-    print(study_tables(results))
-
-
 def cluster(args: argparse.Namespace) -> None:
     """Which replica gets a request, on paper."""
-    from benchmarks.cluster import RULES, Cluster, simulate
+    from benchmarks.cluster import RULES, Simulation, simulate
     from benchmarks.report import save, tables
 
     results = []
     for share in args.utilisation:
-        sizes = Cluster(args.replicas, args.adapters, args.held, args.zipf, share, args.requests)
-        results += [simulate(sizes, name) for name in RULES]
+        simulation = Simulation(args.replicas, args.adapters, args.held, args.zipf, share, args.requests)
+        results += [simulate(simulation, name) for name in RULES]
         save(args.out, vars(args), results)
     print(tables(results))
 
@@ -161,8 +136,8 @@ def plot(args: argparse.Namespace) -> None:
 
 def show(args: argparse.Namespace) -> None:
     """Tables of saved results, those of several files together."""
-    from benchmarks.plan import study_tables
     from benchmarks.report import tables
+    from benchmarks.study.tables import study_tables
 
     contents = [json.loads(file.read_text()) for file in args.results]
     for machine in {json.dumps(content["machine"]) for content in contents}:
@@ -250,12 +225,7 @@ def parser() -> argparse.ArgumentParser:
     sub = command(
         study, "Train PARADE, LoRA and (IA)3 side by side on real tasks, and measure what the prompt is worth."
     )
-    sub.add_argument("parts", nargs="+", choices=STUDY_PARTS, metavar="PART", help=", ".join(STUDY_PARTS))
-    sub.add_argument("--model", required=True, help="base model of the LLaMA family")
-    sub.add_argument("--data", type=Path, required=True, help="folder with a folder of every task, by its name")
-    sub.add_argument("--only", nargs="+", help="of the parts' groups those with one of these in `NAME, METHOD`")
-    sub.add_argument("--steps", type=int, help="instead of each group's own number")
-    sub.add_argument("--minutes", type=float, default=1e9, help="after which training ends; its group is measured")
+    add_flags(sub)
     _out_flag(sub)
 
     sub = command(cluster, "Simulate a cluster under the routing rule and without it; needs no engine.")
@@ -263,7 +233,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--adapters", type=int, default=100_000, help="default: %(default)s")
     sub.add_argument("--held", type=int, default=256, help="adapters in a replica's host memory (default: %(default)s)")
     sub.add_argument("--zipf", type=float, default=1.0, help="exponent of popularity (default: %(default)s)")
-    sub.add_argument("--utilisation", type=float, nargs="+", default=[0.5, 0.7, 0.85], help="of all slots")
+    text = "share of the requests that can run at a time"
+    sub.add_argument("--utilisation", type=float, nargs="+", default=[0.5, 0.7, 0.85], help=text)
     sub.add_argument("--requests", type=int, default=1_000_000, help="default: %(default)s")
     _out_flag(sub)
 

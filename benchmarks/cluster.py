@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A cluster on paper, with the real routing rule: what affinity saves in adapter loads, and what it costs in waiting.
+"""A simulated cluster with the real routing rule: what affinity saves in adapter loads, and what it costs in waiting.
 
-Requests arrive at random (Poisson), under adapters whose popularity follows Zipf's law. A replica runs `SLOTS` requests
-at a time and lets others wait; it holds the adapters it used last, and a request whose adapter it does not hold takes
-the time of a load longer.
+Requests arrive at random (Poisson), under adapters whose popularity follows Zipf's law. A replica runs `REQUEST_LIMIT`
+requests at a time and queues the others. It holds the adapters it used last; a request under another adapter takes
+`LOAD_S` longer.
 """
 
 import heapq
@@ -17,15 +17,16 @@ from typing import Any
 from vllm_parade.cluster import AffinityRule
 
 Choose = Callable[[str, Sequence[int], int], int]
-SLOTS = 32
+# Requests that a replica runs at a time (--max-num-seqs).
+REQUEST_LIMIT = 32
 SERVICE_S = 2.0
 # Reading one from a disk or a network into host memory.
 LOAD_S = 0.2
 
 
 @dataclass(frozen=True)
-class Cluster:
-    """What is simulated."""
+class Simulation:
+    """Sizes of what is simulated."""
 
     replicas: int = 1000
     adapters: int = 100_000
@@ -33,13 +34,13 @@ class Cluster:
     """Adapters in a replica's host memory."""
     zipf: float = 1.0
     utilisation: float = 0.7
-    """Of all slots, without loads."""
+    """Share of all requests that can run at a time, without the time of loads."""
     requests: int = 300_000
     seed: int = 0
 
 
-class Replica:
-    """Slots, a queue, and the adapters used last."""
+class SimulatedReplica:
+    """Running requests, a queue, and the adapters used last."""
 
     def __init__(self, held: int) -> None:
         self.capacity, self.running = held, 0
@@ -56,16 +57,16 @@ class Replica:
         return missing
 
 
-def simulate(cluster: Cluster, name: str) -> dict[str, Any]:
+def simulate(simulation: Simulation, name: str) -> dict[str, Any]:
     """One run under the rule `name`; the first tenth of the requests warms up and is not counted."""
-    rule = AffinityRule([f"replica{number}" for number in range(cluster.replicas)], SLOTS)
-    choose = RULES[name](rule, random.Random(cluster.seed + 1))
-    source = random.Random(cluster.seed)
-    weights = list(accumulate((rank + 1) ** -cluster.zipf for rank in range(cluster.adapters)))
-    adapters = source.choices(range(cluster.adapters), cum_weights=weights, k=cluster.requests)
-    rate = cluster.utilisation * cluster.replicas * SLOTS / SERVICE_S
-    replicas = [Replica(cluster.held) for _ in range(cluster.replicas)]
-    loads, total, now = [0] * cluster.replicas, 0, 0.0
+    rule = AffinityRule([f"replica{number}" for number in range(simulation.replicas)], REQUEST_LIMIT)
+    choose = RULES[name](rule, random.Random(simulation.seed + 1))
+    source = random.Random(simulation.seed)
+    weights = list(accumulate((rank + 1) ** -simulation.zipf for rank in range(simulation.adapters)))
+    adapters = source.choices(range(simulation.adapters), cum_weights=weights, k=simulation.requests)
+    rate = simulation.utilisation * simulation.replicas * REQUEST_LIMIT / SERVICE_S
+    replicas = [SimulatedReplica(simulation.held) for _ in range(simulation.replicas)]
+    loads, total, now = [0] * simulation.replicas, 0, 0.0
     ends: list[tuple[float, int]] = []
     waits: list[float] = []
     misses = counted = 0
@@ -80,7 +81,7 @@ def simulate(cluster: Cluster, name: str) -> dict[str, Any]:
             waits.append(at - arrived + (LOAD_S if missing else 0.0))
         heapq.heappush(ends, (at + service + (LOAD_S if missing else 0.0), place))
 
-    warm = cluster.requests / 10 / rate
+    warm = simulation.requests / 10 / rate
     for adapter in adapters:
         now += source.expovariate(rate)
         while ends and ends[0][0] <= now:
@@ -95,7 +96,7 @@ def simulate(cluster: Cluster, name: str) -> dict[str, Any]:
         total += 1
         counted += now >= warm
         service = source.expovariate(1 / SERVICE_S)
-        if replicas[place].running < SLOTS:
+        if replicas[place].running < REQUEST_LIMIT:
             start(place, now, adapter, service, now)
         else:
             replicas[place].queue.append((now, adapter, service))
@@ -103,14 +104,14 @@ def simulate(cluster: Cluster, name: str) -> dict[str, Any]:
     return {
         "workload": "cluster",
         "variant": name,
-        **vars(cluster),
+        **vars(simulation),
         "load_misses": misses / max(counted, 1),
         **{f"wait_ms_p{p}": 1e3 * waits[min(len(waits) - 1, len(waits) * p // 100)] for p in (50, 99)},
         "wait_ms_mean": 1e3 * sum(waits) / len(waits),
-        "most_busy": max(loads) / max(total / cluster.replicas, 1e-9),
-        "home": rule.home / cluster.requests,
-        "spread": rule.spread / cluster.requests,
-        "elsewhere": rule.elsewhere / cluster.requests,
+        "most_busy": max(loads) / max(total / simulation.replicas, 1e-9),
+        "home": rule.home / simulation.requests,
+        "spread": rule.spread / simulation.requests,
+        "elsewhere": rule.elsewhere / simulation.requests,
     }
 
 

@@ -15,7 +15,8 @@ from threading import Barrier
 from typing import Any
 
 from benchmarks.engine import Settings, Variant, used_mib
-from benchmarks.workloads import WORKLOADS, Measured, Record, touch
+from benchmarks.report import Record
+from benchmarks.workloads import WORKLOADS, Measured, touch
 
 MARK = "RESULT "
 STARTED = "RESULTS START"

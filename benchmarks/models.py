@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from vllm_parade.adapter import AdapterConfig, BaseModelShape, adapted_layers, initial_generator, save_adapter
+from testing.random_models import make_adapter
+from vllm_parade.adapter import BaseModelShape
 from vllm_parade.adapter.folder import CONFIG_FILE, WEIGHTS_FILE
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -100,57 +101,6 @@ def _make_tokenizer(folder: Path, vocab_size: int) -> None:
     ).save_pretrained(folder)
 
 
-def make_random_llama(folder: Path, kv_heads: int = 2) -> BaseModelShape:
-    """Save a random LLaMA in float32 of four heads, small enough to compare with a reference."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=128,
-        intermediate_size=192,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=kv_heads,
-        head_dim=32,
-        max_position_embeddings=1024,
-        # Random weights of the usual size give almost equal log-probabilities, which compare badly.
-        initializer_range=0.15,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return BaseModelShape.from_hf_config(config)
-
-
-def make_random_parade(
-    folder: Path,
-    shape: BaseModelShape,
-    seed: int,
-    dtype: torch.dtype,
-    up: float,
-    inner: float | None = None,
-    **settings: Any,
-) -> str:
-    """Save an adapter whose up projections are random with standard deviation `up`; returns its folder.
-
-    Args:
-        inner: standard deviation of down projections and poolers; by default they are as training starts
-        settings: of the adapter's config
-    """
-    config, random = AdapterConfig(**settings), torch.Generator().manual_seed(seed)
-    generators = {}
-    for layer in adapted_layers(config, shape):
-        weights = initial_generator(config, shape, random)
-        weights.up.normal_(0, up, generator=random)
-        for tensor in (weights.down, weights.query, weights.weight):
-            if inner is not None and tensor is not None:
-                tensor.normal_(0, inner, generator=random)
-        generators[layer] = weights.to("cpu", dtype)
-    save_adapter(folder, config, generators)
-    return str(folder)
-
-
 def make_parades(folder: Path, shape: BaseModelShape, count: int) -> list[str]:
     """Write `count` PARADE adapters of the paper's setting (r = 12, four capsules, q, v, up) that differ in content.
 
@@ -158,7 +108,7 @@ def make_parades(folder: Path, shape: BaseModelShape, count: int) -> list[str]:
     """
     template = folder / "parade_template"
     if not (template / WEIGHTS_FILE).exists():
-        make_random_parade(template, shape, 0, torch.bfloat16, up=0.02)
+        make_adapter(template, shape, 0, strength=0.02, dtype=torch.bfloat16)
     paths = [folder / f"parade{number}" for number in range(count)]
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(partial(_other_content, template), paths, range(count)))

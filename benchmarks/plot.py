@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-Record = dict[str, Any]
+from benchmarks.report import Record
+
 LABELS = {"base": "base model", "parade": "PARADE, an adapter a request", "lora": "LoRA, 8 adapters"}
 COLOURS = {"base": "#7f7f7f", "parade": "#1f77b4", "lora": "#e6842a"}
 POPULARITIES = {"uniform": "all as popular", "zipf": "popular by Zipf's law"}
@@ -26,7 +27,7 @@ def pictures(files: Sequence[Path], folder: Path) -> list[Path]:
         merged.setdefault(key, []).extend(content["results"])
     paths = []
     for (size, card), results in merged.items():
-        for name, draw in (("decode", decode), ("tenants", tenants), ("cluster", cluster)):
+        for name, draw in (("decode", draw_decode), ("tenants", draw_tenants), ("cluster", draw_cluster)):
             records = [record for record in results if record["workload"] == name]
             if records:
                 path = folder / f"{name}_{size}_{card.replace(' ', '_')}.png"
@@ -35,7 +36,7 @@ def pictures(files: Sequence[Path], folder: Path) -> list[Path]:
     return paths
 
 
-def decode(records: Sequence[Record], title: str, path: Path) -> None:
+def draw_decode(records: Sequence[Record], title: str, path: Path) -> None:
     """Bars: time of a decode step by batch size and variant."""
     from matplotlib import pyplot
 
@@ -55,7 +56,7 @@ def decode(records: Sequence[Record], title: str, path: Path) -> None:
     _finish(figure, [axes], title, path)
 
 
-def tenants(records: Sequence[Record], title: str, path: Path) -> None:
+def draw_tenants(records: Sequence[Record], title: str, path: Path) -> None:
     """Lines: throughput, and time to first token of requests that come alone, against the number of adapters."""
     from matplotlib import pyplot
 
@@ -85,7 +86,7 @@ def tenants(records: Sequence[Record], title: str, path: Path) -> None:
     _finish(figure, list(every), title, path)
 
 
-def cluster(records: Sequence[Record], title: str, path: Path) -> None:
+def draw_cluster(records: Sequence[Record], title: str, path: Path) -> None:
     """Bars: loads and waiting by utilisation and routing rule."""
     from matplotlib import pyplot
 
@@ -102,7 +103,7 @@ def cluster(records: Sequence[Record], title: str, path: Path) -> None:
             bars = axes.bar(at, [mine[share] for share in shares], BAR_WIDTH * 0.92, label=name, color=colour)
             axes.bar_label(bars, fmt=figures, fontsize=8, padding=2)
         axes.set_xticks(range(len(shares)), [f"{share:.0%}" for share in shares])
-        axes.set_xlabel(f"slots in use; {records[0]['replicas']} replicas, {records[0]['adapters']} adapters")
+        axes.set_xlabel(f"utilisation; {records[0]['replicas']} replicas, {records[0]['adapters']} adapters")
         axes.set_ylabel(label)
     _finish(figure, list(every)[::-1], title, path)
 

@@ -7,14 +7,7 @@ Lengths and arrivals are the trace's; prompts are random tokens, the same ones f
 import csv
 import json
 import os
-import signal
-import socket
 import subprocess
-import sys
-import time
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -22,13 +15,11 @@ from typing import Any
 from benchmarks.engine import NUM_LORAS, Settings
 from benchmarks.measure import prepare_environment
 from benchmarks.models import make_loras, make_model, make_parades
+from testing.server import VLLM, server
 
-VLLM = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
 # No prompt is longer than what vLLM reads in one step by default on large cards, which PARADE needs.
 MAX_PROMPT = 8192
 MAX_ANSWER = 512
-START_TIMEOUT_S = 600
-STOP_TIMEOUT_S = 20
 
 
 def measure_server(settings: Settings, trace: Path, requests: int, speed: float) -> list[dict[str, Any]]:
@@ -51,7 +42,7 @@ def measure_server(settings: Settings, trace: Path, requests: int, speed: float)
         modules = [f"{name}={path}" for name, path in zip(names, paths, strict=True)]
         flags = ["--enable-lora", "--max-loras", str(NUM_LORAS), "--max-lora-rank", "8", "--lora-modules", *modules]
     users = {"unused": [], "parade": names} if settings.variant == "parade" else {settings.variant: names}
-    with server(str(folder), [*common_flags(settings), *flags], folder / f"serve_{settings.variant}.log") as url:
+    with server(str(folder), *common_flags(settings), *flags, log=folder / f"serve_{settings.variant}.log") as url:
         # The first requests of a server meet kernels that are not compiled yet.
         bench(url, folder, replay, min(requests, 16), names)
         return [
@@ -95,7 +86,7 @@ def common_flags(settings: Settings) -> list[str]:
 def bench(url: str, tokenizer: Path, replay: Path, requests: int, names: list[str]) -> dict[str, Any]:
     """Drive a server; figures as vLLM reports them."""
     result = replay.with_name("bench_result.json")
-    command = [*VLLM, "bench", "serve", "--base-url", url, "--model", "base", "--tokenizer", str(tokenizer)]
+    command = [VLLM, "bench", "serve", "--base-url", url, "--model", "base", "--tokenizer", str(tokenizer)]
     command += ["--dataset-name", "timed_trace", "--dataset-path", str(replay), "--num-prompts", str(requests)]
     command += ["--timed-trace-chunk-hash-size", str(2 * MAX_PROMPT), "--temperature", "0", "--disable-tqdm"]
     command += ["--percentile-metrics", "ttft,tpot", "--metric-percentiles", "50,99", "--save-result"]
@@ -111,36 +102,3 @@ def bench(url: str, tokenizer: Path, replay: Path, requests: int, names: list[st
         "tokens_per_s": figures["output_throughput"],
         **{f"{name}_ms_p{p}": figures[f"p{p}_{name}_ms"] for name in ("ttft", "tpot") for p in (50, 99)},
     }
-
-
-@contextmanager
-def server(model: str, flags: list[str], log: Path) -> Iterator[str]:
-    """A healthy `vllm serve`; yields its address."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    command = [*VLLM, "serve", model, "--host", "127.0.0.1", "--port", str(port), *flags]
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
-    try:
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while not _is_healthy(url):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit(f"benchmarks: no server; {log} ends with\n{log.read_text(errors='replace')[-4000:]}")
-            time.sleep(0.5)
-        yield url
-    finally:
-        process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=STOP_TIMEOUT_S)
-        # Whatever is left of its session.
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def _is_healthy(url: str) -> bool:
-    with suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5) as response:
-        return bool(response.status == 200)
-    return False

@@ -13,8 +13,8 @@ from functools import partial
 from typing import Any
 
 from benchmarks.engine import COLLECTIVE, Variant, used_mib
+from benchmarks.report import Record
 
-Record = dict[str, Any]
 ZIPF_EXPONENT = 1.0
 # Adapters of the workloads other than tenants: one for every row of the largest batch.
 MANY = 256

@@ -3,22 +3,26 @@
 python examples/offline.py
 """
 
+import subprocess
+import sys
 from pathlib import Path
 
 from vllm import LLM, SamplingParams
 
-from base_model import base_model
 from vllm_parade import ParadeRequest
 from vllm_parade.train.templates import e2e_prompt, sst2_prompt
 
-ADAPTERS = Path(__file__).resolve().parent / "adapters"
+ROOT = Path(__file__).resolve().parents[1]
+ADAPTERS = ROOT / "examples/adapters"
 SENTENCE = sst2_prompt("a warm and funny film that never talks down to its audience .")
 REFERENCE = e2e_prompt("name[Sea Lantern], eatType[restaurant], priceRange[high], customer rating[5 out of 5]")
 
 
 def main() -> None:
-    # Any LLaMA-architecture model will do; without enforce_eager the model is compiled, which takes longer to start.
-    llm = LLM(str(base_model()), enable_parade=True, enforce_eager=True, max_model_len=2048, max_num_seqs=32)
+    # The adapters' base model, without access to the Hub; else "HuggingFaceTB/SmolLM2-135M-Instruct".
+    model = subprocess.check_output([sys.executable, ROOT / "tools/base_model.py"], text=True).strip()
+    # Without enforce_eager the model is compiled, which takes longer to start.
+    llm = LLM(model, enable_parade=True, enforce_eager=True, max_model_len=2048, max_num_seqs=32)
     sst2 = ParadeRequest("sst2", str(ADAPTERS / "sst2"))
     e2e = ParadeRequest("e2e", str(ADAPTERS / "e2e"))
 
@@ -26,12 +30,8 @@ def main() -> None:
     prompts = [SENTENCE, SENTENCE, REFERENCE, REFERENCE]
     requests = [None, sst2, None, e2e]
     conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    outputs = llm.chat(
-        conversations,
-        SamplingParams(temperature=0, max_tokens=48),
-        parade_request=requests,
-        use_tqdm=False,
-    )
+    params = SamplingParams(temperature=0, max_tokens=48)
+    outputs = llm.chat(conversations, params, parade_request=requests, use_tqdm=False)
 
     for prompt, request, output in zip(prompts, requests, outputs, strict=True):
         name = request.parade_name if request else "base model"

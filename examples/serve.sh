@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-model="$(.venv/bin/python examples/base_model.py)"
+model="$(.venv/bin/python tools/base_model.py)"
 # On a CPU, vLLM would take a share of the machine's memory for its KV cache; this is in GiB.
 export VLLM_CPU_KVCACHE_SPACE="${VLLM_CPU_KVCACHE_SPACE:-1}"
 

@@ -1,19 +1,8 @@
-"""Adapters made for tests."""
+"""Every kind of adapter, for tests that serve them together."""
 
-from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks.models import make_random_parade
-from vllm_parade import ParadeRequest
-from vllm_parade.adapter import BaseModelShape
-
-# Strong enough that a wrong row, token or layer shows in every answer: `Oracle.check` sees to it.
-STRONG = 0.25
-# Squashing squares what is small. Hidden states of a small random model, and those that a norm has passed, are small:
-# there the projection down and the pooler need ten times their initial standard deviation to write anything.
-INNER = 0.2
+from testing.random_models import INNER, STRONG
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "strong": {},
@@ -32,18 +21,3 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "strength": 4 * STRONG,
     },
 }
-
-
-def make_adapter(
-    folder: Path,
-    shape: BaseModelShape,
-    seed: int,
-    strength: float = STRONG,
-    inner: float | None = None,
-    dtype: torch.dtype = torch.float32,
-    **config: Any,
-) -> ParadeRequest:
-    """Save an adapter whose up projections are random with standard deviation `strength`, what comes before them with
-    `inner`, or as training begins."""
-    make_random_parade(folder, shape, seed, dtype, strength, inner, **config)
-    return ParadeRequest(folder.name, str(folder))

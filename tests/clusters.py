@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import psutil
 
-from tests.servers import free_port
+from testing.server import free_port
 
 APPLICATION = "parade"
 ADMIN = {"authorization": "Bearer secret"}

@@ -11,12 +11,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
-from base_model import base_model
-from benchmarks.models import make_random_llama
-from tests.adapters import VARIANTS, make_adapter
+from testing.oracle import Oracle
+from testing.random_models import make_adapter, make_tiny_model
+from tests.adapters import VARIANTS
 from tests.interpreter import INTERPRETED, install
-from tests.oracle import Oracle
 from tests.tasks import write_sst2
+from tools.base_model import base_model
 from vllm_parade import ParadeRequest
 from vllm_parade.adapter import BaseModelShape
 
@@ -74,7 +74,7 @@ def variants(tmp_path_factory: pytest.TempPathFactory, smollm_shape: BaseModelSh
 def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of a random LLaMA of three layers whose heads can be split over two ranks; without a tokenizer."""
     folder = tmp_path_factory.mktemp("tiny") / f"kv{request.param}"
-    make_random_llama(folder, request.param)
+    make_tiny_model(folder, kv_heads=request.param)
     return str(folder)
 
 

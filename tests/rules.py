@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tests.oracle import Rule
+from testing.oracle import Rule
 
 
 def forbid(tokens: Collection[int], until: int) -> Rule:

@@ -58,7 +58,7 @@ def test_the_tree_is_the_tree() -> None:
 def test_links_and_commands_lead_somewhere() -> None:
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
-    for file in re.findall(r"\b(?:examples|tests)/[\w/]+\.(?:py|sh)", README):
+    for file in re.findall(r"\b(?:benchmarks|examples|tests|tools)/[\w/]+\.(?:py|sh)", README):
         assert (ROOT / file).is_file(), file
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"\bmake ([a-z]+)\b", README):

@@ -3,9 +3,9 @@
 
 import pytest
 
-from benchmarks.cluster import LOAD_S, RULES, Cluster, simulate
+from benchmarks.cluster import LOAD_S, RULES, Simulation, simulate
 
-SMALL = Cluster(replicas=20, adapters=2000, held=60, requests=30_000)
+SMALL = Simulation(replicas=20, adapters=2000, held=60, requests=30_000)
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +31,10 @@ def test_shares_add_up(results: dict[str, dict]) -> None:
 
 
 def test_one_adapter_that_fits_is_loaded_once_a_replica() -> None:
-    alone = simulate(Cluster(replicas=4, adapters=1, held=1, requests=2000), "random")
+    alone = simulate(Simulation(replicas=4, adapters=1, held=1, requests=2000), "random")
     assert alone["load_misses"] == 0
 
 
 def test_without_load_nobody_waits() -> None:
-    quiet = simulate(Cluster(replicas=20, adapters=50, held=60, requests=5000, utilisation=0.05), "affinity")
+    quiet = simulate(Simulation(replicas=20, adapters=50, held=60, requests=5000, utilisation=0.05), "affinity")
     assert quiet["wait_ms_p50"] == 0

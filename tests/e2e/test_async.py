@@ -11,9 +11,9 @@ from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams
 
+from testing.oracle import Oracle
 from tests import rules
 from tests.engines import DEFAULTS, greedy, prompts
-from tests.oracle import Oracle
 from vllm_parade import ParadeRequest
 
 pytestmark = pytest.mark.engine

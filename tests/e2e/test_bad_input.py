@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from vllm.exceptions import VLLMValidationError
 
-from tests.adapters import make_adapter
+from testing.oracle import Oracle
+from testing.random_models import make_adapter
 from tests.engines import engine, greedy, manager, prompts, scheduler
-from tests.oracle import Oracle
 from vllm_parade import ParadeRequest
 from vllm_parade.adapter import BaseModelShape, load_adapter
 

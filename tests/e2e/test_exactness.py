@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from tests.adapters import make_adapter
+from testing.oracle import Oracle
+from testing.random_models import make_adapter
 from tests.engines import engine, greedy, manager, prompts
-from tests.oracle import Oracle
 from vllm_parade import ParadeRequest
 from vllm_parade.adapter import SITES, BaseModelShape
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from tests.adapters import INNER, make_adapter
+from testing.oracle import Oracle
+from testing.random_models import INNER, make_adapter
 from tests.engines import engine, greedy, prompts
 from tests.interpreter import INTERPRETED
-from tests.oracle import Oracle
 from vllm_parade import ParadeRequest
 from vllm_parade.adapter import SITES, BaseModelShape
 

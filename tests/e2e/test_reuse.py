@@ -9,8 +9,8 @@ from peft import PeftModel
 from vllm import SamplingParams
 from vllm.sampling_params import BeamSearchParams
 
+from testing.oracle import TOLERANCE, Oracle, beams
 from tests.engines import engine, greedy, prompts, scheduler
-from tests.oracle import TOLERANCE, Oracle, beams
 from vllm_parade import ParadeRequest
 
 pytestmark = pytest.mark.engine

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
-from tests.adapters import INNER, VARIANTS, make_adapter
+from testing.oracle import Oracle
+from testing.random_models import INNER, make_adapter
+from tests.adapters import VARIANTS
 from tests.engines import engine, greedy, prompts, scheduler
-from tests.oracle import Oracle
 from vllm_parade import ParadeRequest
 from vllm_parade.adapter import SITES, BaseModelShape
 

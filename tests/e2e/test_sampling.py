@@ -9,9 +9,9 @@ import pytest
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
+from testing.oracle import Oracle, Rule
 from tests import rules
 from tests.engines import engine, greedy, prompts, record_steps, scheduler
-from tests.oracle import Oracle, Rule
 from vllm_parade import ParadeRequest
 from vllm_parade.train.templates import SST2_ANSWERS, e2e_prompt, sst2_prompt
 

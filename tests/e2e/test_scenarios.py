@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig
 from vllm import SamplingParams
 
-from tests.adapters import INNER, make_adapter
+from testing.random_models import INNER, make_adapter
 from tests.engines import engine, prompts, scheduler
 from tests.strategies import weighted
 from vllm_parade import ParadeRequest

@@ -17,9 +17,10 @@ import pytest
 import torch
 from peft import PeftModel
 
+from testing.oracle import TOLERANCE, Oracle, beams
+from testing.server import server
 from tests import servers
 from tests.engines import prompts
-from tests.oracle import TOLERANCE, Oracle, beams
 from vllm_parade import ParadeRequest
 from vllm_parade.train.templates import e2e_prompt, sst2_prompt
 
@@ -50,7 +51,8 @@ def url(smollm: str, adapters: dict[str, ParadeRequest], tmp_path_factory: pytes
         *("--max-model-len", "512", "--max-num-batched-tokens", str(STEP_TOKENS), "--max-num-seqs", "32"),
         *("--enable-parade", "--parade-modules", *given),
     ]
-    with servers.server(smollm, *flags, log=tmp_path_factory.mktemp("server") / "server.log") as url:
+    log = tmp_path_factory.mktemp("server") / "server.log"
+    with server(smollm, *flags, log=log, environment=servers.environment()) as url:
         yield url
 
 
@@ -152,7 +154,7 @@ def test_several_answers_to_one_prompt(url: str, oracle: Oracle, trained: dict[s
     assert first.token_ids != second.token_ids
     for choice in answer.choices:
         choice.prompt_token_ids = asked["prompt"]
-        with oracle.model(trained["e2e"]) as logprobs:
+        with oracle.logprobs(trained["e2e"]) as logprobs:
             _, values = logprobs(completion_output(choice))
         assert (torch.tensor(choice.logprobs.token_logprobs) - values).abs().max() <= TOLERANCE
 

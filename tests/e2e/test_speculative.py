@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from vllm.exceptions import VLLMValidationError
 
+from testing.oracle import Oracle
 from tests.engines import engine, greedy, manager, prompts
-from tests.oracle import Oracle
 from vllm_parade import ParadeRequest
 from vllm_parade.config import step_tokens
 

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
+from testing.oracle import Oracle
 from tests.engines import engine, greedy, prompts, record_steps, scheduler
-from tests.oracle import Oracle
 from vllm_parade import ParadeRequest
 
 pytestmark = pytest.mark.engine

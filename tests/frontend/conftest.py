@@ -3,7 +3,7 @@
 
 import pytest
 
-from tests.adapters import make_adapter
+from testing.random_models import make_adapter
 from vllm_parade import ParadeRequest
 from vllm_parade.adapter import BaseModelShape
 

@@ -29,7 +29,7 @@ sys.exit(os.waitpid(pid, 0)[1])
 def test_reading_static_adapters_leaves_no_threads_behind(tmp_path):
     from transformers import LlamaConfig
 
-    from tests.adapters import make_adapter
+    from testing.random_models import make_adapter
     from vllm_parade.adapter import BaseModelShape
 
     # Large enough for PyTorch to share out the look for NaN among threads.

@@ -15,8 +15,8 @@ from vllm_parade.tuner import ParadeConfig
 
 
 def test_the_papers_settings_are_the_defaults(sst2: Path) -> None:
-    adapter, settings = parse(["--model", "m", "--task", "sst2", "--data", str(sst2)])
-    assert (adapter.method, adapter.template, adapter.peft) == ("parade", "chat", {})
+    options, settings = parse(["--model", "m", "--task", "sst2", "--data", str(sst2)])
+    assert (options.method, options.template, options.peft) == ("parade", "chat", {})
     assert (settings.learning_rate, settings.warmup_steps, settings.num_train_epochs) == (1e-4, 0.06, 10)
     assert (settings.eval_steps, settings.patience, settings.lr_scheduler_type) == (200, 10, "linear")
     sizes = []
@@ -33,9 +33,9 @@ def test_a_yaml_file_and_flags_on_top(tmp_path: Path, sst2: Path) -> None:
         f"model: m\ntask: [sst2, sst2]\ndata: [{sst2}, {sst2}]\nlearning_rate: 2e-3\nmax_steps: 7\n"
         "peft: {r: 8, sites: [q, v]}\nbf16: false\n"
     )
-    adapter, settings = parse([str(file), "--max_steps", "9"])
-    assert adapter.task == ["sst2", "sst2"]
-    assert adapter.peft == {"r": 8, "sites": ["q", "v"]}
+    options, settings = parse([str(file), "--max_steps", "9"])
+    assert options.task == ["sst2", "sst2"]
+    assert options.peft == {"r": 8, "sites": ["q", "v"]}
     assert (settings.learning_rate, settings.max_steps) == (2e-3, 9)
     file.write_text("just words")
     with pytest.raises(ValueError, match=r"settings\.yaml holds a str; expected settings by name"):

@@ -84,10 +84,10 @@ def test_standardized_training_lowers_it_too(smollm: str, sst2: Path, tmp_path: 
 @pytest.mark.parametrize("ratio", [1.0, 10.0])
 def test_the_bias_has_its_own_learning_rate(ratio: float, tmp_path: Path) -> None:
     model = get_peft_model(make("llama"), ParadeConfig(r=8))
-    adapter = AdapterArguments(model="m", train_file="f", bias_lr_ratio=ratio)
+    options = AdapterArguments(model="m", train_file="f", bias_lr_ratio=ratio)
     arguments = PromptTrainingArguments(output_dir=str(tmp_path), learning_rate=1e-3, use_cpu=True)
     arguments.batch_for(1)
-    trainer = PromptTrainer(model=model, args=arguments, eval_dataset=[{}], adapter=adapter, tasks={})
+    trainer = PromptTrainer(model=model, args=arguments, eval_dataset=[{}], options=options, tasks={})
     groups = trainer.create_optimizer().param_groups
     rates = {parameter: group["lr"] for group in groups for parameter in group["params"]}
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -194,9 +194,9 @@ def test_sharded_weights_compute_the_same_and_are_saved_whole(process_group: Non
     ],
 )
 def test_what_needs_whole_weights_is_refused_under_fsdp(flags: dict[str, Any], version_2: bool, message: str) -> None:
-    adapter = AdapterArguments(model="m", train_file="f", **{"metric_rows": 0, **flags})
+    options = AdapterArguments(model="m", train_file="f", **{"metric_rows": 0, **flags})
     trainer: Any = SimpleNamespace(
-        adapter=adapter, tasks={"sst2": None}, accelerator=SimpleNamespace(is_fsdp2=version_2)
+        options=options, tasks={"sst2": None}, accelerator=SimpleNamespace(is_fsdp2=version_2)
     )
     with pytest.raises(ValueError, match=message):
         _check_fsdp(trainer)

@@ -37,8 +37,8 @@ def parse(arguments: list[str]) -> tuple[AdapterArguments, PromptTrainingArgumen
     )
     if arguments and arguments[0].endswith((".yaml", ".yml")):
         arguments = [*_flags(Path(arguments[0])), *arguments[1:]]
-    adapter, settings = parser.parse_args_into_dataclasses(arguments)
-    return adapter, settings
+    options, settings = parser.parse_args_into_dataclasses(arguments)
+    return options, settings
 
 
 def _flags(file: Path) -> Iterator[str]:

@@ -34,7 +34,7 @@ DATA_KEYS = ("data set:", "licence as stated:")
 
 def write_card(
     folder: Path,
-    adapter: AdapterArguments,
+    options: AdapterArguments,
     arguments: PromptTrainingArguments,
     state: Any,
     metrics: dict[str, float],
@@ -47,19 +47,19 @@ def write_card(
         metrics: the last evaluation's, of the best checkpoint
         counts: what was trained and looked at, by name
     """
-    base, subject = adapter.base_name or adapter.model, ", ".join(adapter.task) or "prompts and responses"
-    library = "vllm-parade" if adapter.method == "parade" else "peft"
+    base, subject = options.base_name or options.model, ", ".join(options.task) or "prompts and responses"
+    library = "vllm-parade" if options.method == "parade" else "peft"
     measured = {name: value for name, value in metrics.items() if isinstance(value, float) and "per_second" not in name}
-    ours = {name: getattr(adapter, name) for name in OURS} if adapter.method == "parade" else {}
+    ours = {name: getattr(options, name) for name in OURS} if options.method == "parade" else {}
     card = f"""---
 base_model: {base}
 library_name: {library}
-tags: [{adapter.method}, {", ".join(adapter.task)}]
+tags: [{options.method}, {", ".join(options.task)}]
 ---
-# A {METHOD_NAMES[adapter.method]} adapter for {subject}
+# A {METHOD_NAMES[options.method]} adapter for {subject}
 
 Trained by `python -m vllm_parade.train` on {base}. It answers well only to the wording it was trained on
-(`vllm_parade.train.templates`, template {adapter.template!r}).
+(`vllm_parade.train.templates`, template {options.template!r}).
 
 ## Measured on dev
 
@@ -67,7 +67,7 @@ Trained by `python -m vllm_parade.train` on {base}. It answers well only to the 
 | --- | --- |
 {_rows(measured)}
 
-Loss is the mean over response tokens; the tasks' metrics are in per cent, of at most {adapter.metric_rows} examples
+Loss is the mean over response tokens; the tasks' metrics are in per cent, of at most {options.metric_rows} examples
 each.
 
 ## Training
@@ -75,12 +75,12 @@ each.
 | | |
 | --- | --- |
 {_rows(counts)}
-{_rows({"method": adapter.method, "settings": adapter.peft or "default"})}
+{_rows({"method": options.method, "settings": options.peft or "default"})}
 {_rows({name: getattr(arguments, name) for name in SHOWN} | ours)}
 {_rows({"steps": state.global_step, "best checkpoint": Path(state.best_model_checkpoint or "the last").name})}
 {_rows({"machine": _machine(), "date": time.strftime("%Y-%m-%d")})}
 """
-    card += _sources("Base model", [adapter.model], MODEL_KEYS) + _sources("Data", adapter.data, DATA_KEYS)
+    card += _sources("Base model", [options.model], MODEL_KEYS) + _sources("Data", options.data, DATA_KEYS)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 

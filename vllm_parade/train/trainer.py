@@ -33,26 +33,26 @@ STANDARD_PAIRS = 256
 class PromptTrainer(Trainer):
     """Adds the tasks' own metric to every evaluation, as `eval_metric`: the mean over the tasks."""
 
-    def __init__(self, *args: Any, adapter: AdapterArguments, tasks: dict[str, Splits], **kwargs: Any) -> None:
+    def __init__(self, *args: Any, options: AdapterArguments, tasks: dict[str, Splits], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.adapter, self.tasks = adapter, tasks
+        self.options, self.tasks = options, tasks
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Transformers' own, in which b_up has its learning rate."""
         optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
         names = {parameter: name for name, parameter in self.model.named_parameters()}
-        for group in list(optimizer.param_groups) if self.adapter.bias_lr_ratio != 1 else ():
+        for group in list(optimizer.param_groups) if self.options.bias_lr_ratio != 1 else ():
             biases = [parameter for parameter in group["params"] if names[parameter].endswith(".bias")]
             group["params"] = [parameter for parameter in group["params"] if not names[parameter].endswith(".bias")]
-            optimizer.add_param_group({**group, "params": biases, "lr": group["lr"] * self.adapter.bias_lr_ratio})
+            optimizer.add_param_group({**group, "params": biases, "lr": group["lr"] * self.options.bias_lr_ratio})
         return optimizer
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Dev loss and, where a task is trained, its metric over the first of its dev examples."""
         metrics: dict[str, float] = super().evaluate(*args, **kwargs)
-        rows, model = self.adapter.metric_rows, self.accelerator.unwrap_model(self.model)
+        rows, model = self.options.metric_rows, self.accelerator.unwrap_model(self.model)
         scores = {
-            name: score(TASKS[name], model, self.processing_class, splits.dev[:rows], self.adapter.template)
+            name: score(TASKS[name], model, self.processing_class, splits.dev[:rows], self.options.template)
             for name, splits in (self.tasks.items() if rows else ())
         }
         if scores:
@@ -63,28 +63,28 @@ class PromptTrainer(Trainer):
         return metrics
 
 
-def load_base(adapter: AdapterArguments) -> tuple[Any, Any]:
+def load_base(options: AdapterArguments) -> tuple[Any, Any]:
     """Base model and tokenizer."""
-    dtype: Any = adapter.dtype
+    dtype: Any = options.dtype
     if dtype == "auto":
         dtype = "bfloat16" if torch.cuda.is_available() else "float32"
-    tokenizer = AutoTokenizer.from_pretrained(adapter.model)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(
-        adapter.model, dtype=getattr(torch, dtype), attn_implementation=adapter.attention
+        options.model, dtype=getattr(torch, dtype), attn_implementation=options.attention
     )
     model.config.use_cache = False
     return model, tokenizer
 
 
-def load_data(adapter: AdapterArguments) -> tuple[Splits, dict[str, Splits]]:
+def load_data(options: AdapterArguments) -> tuple[Splits, dict[str, Splits]]:
     """All examples together, and those of each task."""
-    if adapter.train_file:
-        return read_jsonl(Path(adapter.train_file), Path(adapter.dev_file) if adapter.dev_file else None), {}
-    if adapter.dataset:
-        return _hub_data(adapter.dataset), {}
-    tasks = {name: TASKS[name].read(Path(folder)) for name, folder in zip(adapter.task, adapter.data, strict=True)}
+    if options.train_file:
+        return read_jsonl(Path(options.train_file), Path(options.dev_file) if options.dev_file else None), {}
+    if options.dataset:
+        return _hub_data(options.dataset), {}
+    tasks = {name: TASKS[name].read(Path(folder)) for name, folder in zip(options.task, options.data, strict=True)}
     return mixture(list(tasks.values())), tasks
 
 
@@ -101,35 +101,35 @@ def _hub_data(name: str) -> Splits:
     return Splits.without_overlap(parts["train"], dev, parts.get("test", []))
 
 
-def train(adapter: AdapterArguments, arguments: PromptTrainingArguments) -> dict[str, float]:
+def train(options: AdapterArguments, arguments: PromptTrainingArguments) -> dict[str, float]:
     """Train an adapter and leave it in `arguments.output_dir`, with a model card.
 
     Returns:
         what the last evaluation found, of the best checkpoint
     """
     set_seed(arguments.seed)
-    base, tokenizer = load_base(adapter)
-    splits, tasks = load_data(adapter)
-    splits.dev[:] = splits.dev[: adapter.dev_rows]
-    pairs, dev = (encode(tokenizer, part, adapter.template, adapter.max_length) for part in (splits.train, splits.dev))
+    base, tokenizer = load_base(options)
+    splits, tasks = load_data(options)
+    splits.dev[:] = splits.dev[: options.dev_rows]
+    pairs, dev = (encode(tokenizer, part, options.template, options.max_length) for part in (splits.train, splits.dev))
     arguments.batch_for(len(pairs))
-    model = get_peft_model(base, peft_config(adapter.method, cast(dict, adapter.peft)))
-    model.peft_config["default"].base_model_name_or_path = adapter.base_name or adapter.model
+    model = get_peft_model(base, peft_config(options.method, cast(dict, options.peft)))
+    model.peft_config["default"].base_model_name_or_path = options.base_name or options.model
     model.print_trainable_parameters()
     trainer = PromptTrainer(
         model=model,
         args=arguments,
         train_dataset=pairs,
         eval_dataset=dev,
-        data_collator=DataCollatorWithFlattening() if adapter.packed else Collator(tokenizer.pad_token_id),
+        data_collator=DataCollatorWithFlattening() if options.packed else Collator(tokenizer.pad_token_id),
         processing_class=tokenizer,
         callbacks=[EarlyStoppingCallback(arguments.patience)] if arguments.load_best_model_at_end else [],
-        adapter=adapter,
+        options=options,
         tasks=tasks,
     )
     if trainer.is_fsdp_enabled:
         _check_fsdp(trainer)
-    if adapter.standardize:
+    if options.standardize:
         _standardize(model, trainer, pairs)
     trainer.train(resume_from_checkpoint=_checkpoint(arguments))
     metrics = trainer.evaluate()
@@ -138,20 +138,20 @@ def train(adapter: AdapterArguments, arguments: PromptTrainingArguments) -> dict
         trainer.save_state()
         model.save_pretrained(arguments.output_dir, state_dict=state)
         counts = {"training pairs": len(pairs), "dev pairs": len(dev)}
-        write_card(Path(arguments.output_dir), adapter, arguments, trainer.state, metrics, counts)
+        write_card(Path(arguments.output_dir), options, arguments, trainer.state, metrics, counts)
     return metrics
 
 
 def _check_fsdp(trainer: PromptTrainer) -> None:
     """Refuse what needs weights whole that FSDP shards."""
-    adapter = trainer.adapter
+    options = trainer.options
     if not trainer.accelerator.is_fsdp2:
         raise ValueError("FSDP 1 cannot join a bfloat16 base model and a float32 adapter; set fsdp_version to 2")
-    if adapter.standardize:
+    if options.standardize:
         raise ValueError("--standardize needs every adapter weight whole, and FSDP shards them; train with DDP")
-    if trainer.tasks and adapter.metric_rows:
+    if trainer.tasks and options.metric_rows:
         raise ValueError(
-            f"--metric_rows is {adapter.metric_rows}: answers need every weight whole, and FSDP shards them; give 0, "
+            f"--metric_rows is {options.metric_rows}: answers need every weight whole, and FSDP shards them; give 0, "
             "and score the adapter by python -m vllm_parade.evaluate"
         )
 

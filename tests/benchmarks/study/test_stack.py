@@ -8,10 +8,11 @@ import torch
 from peft import get_peft_model, set_peft_model_state_dict
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.batch import Batch, Pair, collate
-from benchmarks.stacked import Hyperparameters, Stack, Steps, fuse_norms
+from benchmarks.study.batch import Batch, Pair, collate
+from benchmarks.study.group import Hyperparameters
+from benchmarks.study.stack import Stack, fuse_norms
+from benchmarks.study.steps import Steps
 from tests.tuner.models import make
-from vllm_parade.train.methods import peft_config
 
 RUNS = [Hyperparameters(1e-2, seed=0), Hyperparameters(3e-3, seed=1), Hyperparameters(1e-3, seed=2, bias_lr=0.1)]
 ROWS, TOKENS = 2, 9
@@ -44,8 +45,8 @@ def stacked(method: str, **settings: Any) -> Stack:
     return stack
 
 
-def alone(stack: Stack, run: int, **settings: Any) -> Any:
-    model = get_peft_model(make("llama"), peft_config(stack.method, {**METHODS[stack.method], **settings}))
+def alone(stack: Stack, run: int) -> Any:
+    model = get_peft_model(make("llama"), stack.method.config)
     found = set_peft_model_state_dict(model, stack.export(run))
     assert not found.unexpected_keys
     return model
@@ -67,7 +68,7 @@ def test_losses_are_those_of_each_run_alone(
     losses = stack.losses(collated(batch))
     assert len({round(loss, 3) for loss in losses.tolist()}) == len(RUNS)
     for run in range(len(RUNS)):
-        loss = alone(stack, run, **settings)(**rows_of(batch, run)).loss
+        loss = alone(stack, run)(**rows_of(batch, run)).loss
         torch.testing.assert_close(losses[run], loss, atol=1e-4, rtol=1e-4)
 
 
@@ -140,7 +141,7 @@ def test_fused_norms_are_the_model_s(batch: dict[str, torch.Tensor]) -> None:
     torch.testing.assert_close(base(batch["input_ids"]).logits, plain)
 
 
-def test_adam_begins_anew(batch: dict[str, torch.Tensor]) -> None:
+def test_resetting_the_optimizer_forgets_its_moments(batch: dict[str, torch.Tensor]) -> None:
     stack = stacked("parade")
     before, moved = stack.flat.detach().clone(), []
     for _ in range(2):
@@ -148,7 +149,7 @@ def test_adam_begins_anew(batch: dict[str, torch.Tensor]) -> None:
         moved.append(stack.flat.detach().clone())
         with torch.no_grad():
             stack.flat.copy_(before)
-        stack.forget()
+        stack.reset_optimizer()
     torch.testing.assert_close(*moved)
     # The warm-up before a graph is captured.
     Steps(stack, [collated(batch)])(collated(batch), 0.0)

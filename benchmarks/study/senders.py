@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A task that no constant vector can solve: whose prompt it is decides what the right answer is."""
+"""A task in which the sender's name, at the start of the prompt, decides which answer is right."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,23 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the study runs, and its tables."""
+"""What the study runs: the groups of each part."""
 
-import statistics
 from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import Any
 
-from benchmarks.senders import SENDERS_TASK
-from benchmarks.stacked import Hyperparameters
-from benchmarks.study import Group, Record
+from benchmarks.study.group import Group, Hyperparameters
+from benchmarks.study.senders import SENDERS_TASK
 from vllm_parade.tuner.model import WIDE
 
 ALL_TASKS = ("sst2", "rte", "boolq", "e2e", "wikisql")
 SEEDS = (0, 1, 2)
 RATES = {"parade": (5e-3, 1e-2, 2e-2), "lora": (1e-3, 3e-3, 1e-2), "ia3": (1e-2, 3e-2, 1e-1)}
-# Of those for which PARADE beside PARADE is compared.
+# Of parts that compare PARADE with PARADE.
 FEW_RATES = (5e-3, 1e-2)
 STEPS, SENDERS_STEPS, LONG = 400, 800, 1600
-# The best of the mixture's, which run longer.
+# The mixture's best rates, for longer runs.
 LONG_RATES = {"parade": 1e-2, "lora": 3e-3, "ia3": 3e-2}
 
 ATTENTION_INPUT = {"generator_input": "attention_input"}
@@ -25,20 +23,19 @@ LAST_TOKEN = {"pooler": "last_token"}
 
 
 def _standardized(settings: dict[str, Any], own_words: bool = False) -> dict[str, Any]:
-    """Generators begin wide, and without what all hidden states have in common, which is most of them.
+    """Standardized generators start wide, and b_up learns ten times as fast as W_up.
 
-    b_up learns ten times as fast as W_up, of which r entries move an output together.
+    Of W_up, r entries move an output together.
     """
     wide = WIDE[settings.get("pooler", "attentional_capsule")]
     kind = {"settings": settings, "standardized": True, "own_words": own_words}
     return {**kind, "rates": (5e-4, 1e-3, 2e-3), "bias_lr": 10.0, "initial_std": wide}
 
 
-STRANGERS = "loss_added_by_strangers_vectors"
 BEST = _standardized(LAST_TOKEN)
 # What might make the prompt matter. Hidden states that enter the first layer are so small that a new generator reads
-# nothing (g(z) of 1e-5 under the first norm, on SmolLM2), and the first token's outliers drown the rest of the residual
-# stream: generators begin wider, read after the norm, only the user's own words, or what tells prompts apart.
+# nothing (g(z) of 1e-5 under the first norm, on SmolLM2), and the first token's outliers dominate the residual stream.
+# So generators start wider, read after the norm, read only the user's words, or are standardized.
 CONDITIONS: dict[str, dict[str, Any]] = {
     "attention input": {"settings": ATTENTION_INPUT},
     "wide": {"initial_std": 10.0},
@@ -58,7 +55,7 @@ CONDITIONS: dict[str, dict[str, Any]] = {
     "standardized, last token, layer input": BEST,
 }
 # The paper's Table 6, standardized; PARADE-1 is the last token's condition.
-VARIANTS: dict[str, dict[str, Any]] = {
+PAPER_VARIANTS: dict[str, dict[str, Any]] = {
     "PARADE-2": _standardized({**ATTENTION_INPUT, "pooler": "dynamic_routing"}),
     "PARADE-3": _standardized({**ATTENTION_INPUT, "sites": ["q", "k", "v", "gate", "up"], "r": 8}),
     "PARADE-4": _standardized({**ATTENTION_INPUT, "sites": ["q", "v"], "r": 24}),
@@ -72,7 +69,7 @@ def _runs(rates: Sequence[float], **options: float) -> tuple[Hyperparameters, ..
 
 
 def _methods(name: str, tasks: tuple[str, ...], steps: int = STEPS, most: int = 3) -> Iterator[Group]:
-    """All methods beside each other, each with its rates, the first `most` of them."""
+    """A group of each method, each with the first `most` of its rates."""
     for method, rates in RATES.items():
         yield Group(name, method, tasks, _runs(rates[:most]), steps=steps)
 
@@ -87,19 +84,10 @@ def _parade(
     rates: Sequence[float] = FEW_RATES,
     **options: float,
 ) -> Group:
-    """A kind of PARADE."""
+    """A group of PARADE runs."""
     runs = _runs(rates, **options)
     kind = {"own_words": own_words, "standardized": standardized}
     return Group(name, "parade", tasks, runs, settings or {}, steps=steps, **kind)
-
-
-def plan(name: str) -> Iterator[Group]:
-    """Groups of a part of the study.
-
-    Raises:
-        KeyError: there is no such part.
-    """
-    yield from PARTS[name]()
 
 
 def _mixture() -> Iterator[Group]:
@@ -127,7 +115,7 @@ def _long() -> Iterator[Group]:
 
 
 def _variants() -> Iterator[Group]:
-    for name, options in VARIANTS.items():
+    for name, options in PAPER_VARIANTS.items():
         yield _parade(f"variants/{name}", **{**options, "rates": (5e-4, 1e-3)})
 
 
@@ -144,8 +132,8 @@ def _tasks() -> Iterator[Group]:
         yield _parade(name, (task,), **{**BEST, "rates": (5e-4, 1e-3)})
 
 
-# What matters most comes first.
-PARTS = {
+# The most important part comes first.
+GROUPS = {
     "mixture": _mixture,
     "senders": _senders,
     "long": _long,
@@ -154,85 +142,3 @@ PARTS = {
     "budgets": _budgets,
     "tasks": _tasks,
 }
-
-
-def best_rate(records: Sequence[Record]) -> list[Record]:
-    """The records of the learning rate whose median dev loss over seeds is lowest."""
-    by_rate: dict[float, list[Record]] = {}
-    for record in records:
-        by_rate.setdefault(record["lr"], []).append(record)
-    return min(by_rate.values(), key=lambda mine: statistics.median(record["dev_loss"] for record in mine))
-
-
-def study_tables(records: Sequence[Record]) -> str:
-    """Medians over seeds at the best learning rate, and their range: quality, and of PARADE what the prompt is worth.
-
-    `dependence` is how far vectors lie apart, over the prompts of all tasks, as a share of their distance from one, and
-    behind it the mean over prompts of one task; `strangers` is what the loss gains when every pair gets the vectors of
-    another prompt, of another task where there are several, and a task's column is what its metric loses when every
-    request gets another prompt's vectors. Adapters of a single task, each with its own metric, stand apart from those
-    of several; a column without a value is left out.
-    """
-    several = [record for record in records if len(record["tasks"]) > 1]
-    single = [_single(record) for record in records if len(record["tasks"]) == 1]
-    return "\n\n".join(table for some in (several, single) if some for table in _tables(some))
-
-
-def _single(record: Record) -> Record:
-    """The record of an adapter of one task, whose metric is called `metric` whatever the task."""
-    (task,) = record["tasks"]
-    measured = {f"metric{name.removeprefix(task)}": value for name, value in record.items() if name.startswith(task)}
-    return {**record, "tasks": ["metric"], **measured}
-
-
-def _tables(records: Sequence[Record]) -> Iterator[str]:
-    groups: dict[tuple[str, str], list[Record]] = {}
-    for record in records:
-        groups.setdefault((record["group"], record["variant"]), []).append(record)
-    best = {key: best_rate(mine) for key, mine in groups.items()}
-    tasks = list(dict.fromkeys(task for record in records for task in record["tasks"]))
-    quality = [
-        [
-            *key,
-            f"{mine[0]['parameters']:,}",
-            f"{mine[0]['lr']:g}",
-            str(len(mine)),
-            _median([record["dev_loss"] for record in mine], 3),
-            *(_median([record[task] for record in mine if task in record], 1) for task in tasks),
-        ]
-        for key, mine in best.items()
-    ]
-    yield _table(["group", "method", "parameters", "lr", "seeds", "dev loss", *tasks], quality)
-    worth = [
-        [
-            group,
-            _median([record["dependence"]["ratio"] for record in mine if "dependence" in record], 3),
-            _median([_within_tasks(record) for record in mine if len(tasks) > 1], 3),
-            _median([record[STRANGERS] for record in mine if STRANGERS in record], 3),
-            *(_median([_loss(record, task) for record in mine if task in record], 1) for task in tasks),
-        ]
-        for (group, method), mine in best.items()
-        if method == "parade"
-    ]
-    if worth:
-        columns = ("group", "dependence", "within tasks", "strangers", *tasks)
-        kept = [number for number, values in enumerate(zip(*worth, strict=True)) if any(values)]
-        yield _table([columns[n] for n in kept], [[line[n] for n in kept] for line in worth])
-
-
-def _within_tasks(record: Record) -> float:
-    return statistics.mean(record[f"{task}_dependence"]["ratio"] for task in record["tasks"])
-
-
-def _loss(record: Record, task: str) -> float:
-    return record[task] - record[f"{task}_swapped"]
-
-
-def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *lines))
-
-
-def _median(values: Sequence[float], digits: int) -> str:
-    if not values:
-        return ""
-    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"

@@ -1,6 +1,10 @@
-"""The float32 oracle: what Transformers and PEFT with `vllm_parade.tuner` answer, one request at a time."""
+# SPDX-License-Identifier: Apache-2.0
+"""The float32 oracle: what Transformers and PEFT with `vllm_parade.tuner` answer, one request at a time.
 
-from collections.abc import Callable
+Tests assert that an engine's answers are the oracle's; `python -m benchmarks exactness` measures how far off they are.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -24,12 +28,20 @@ class Oracle:
     """Checks engine outputs by running each prompt with its answer through the model once.
 
     Greedy decoding is right where every answered token is the most likely one after the tokens before it.
+
+    Args:
+        model: folder of the base model
+        device: on which the oracle computes; what it returns is on the CPU
     """
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, device: str = "cpu") -> None:
         from transformers import AutoModelForCausalLM
 
-        self.base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        # On a GPU, TF32 would round the products.
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
+        self.device = device
+        self.base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval().to(device)
 
     def check(
         self,
@@ -44,23 +56,20 @@ class Oracle:
         `rule` is what all these requests' sampling parameters do to logits. The log-probabilities that vLLM gives are
         those of before, unless it is a `grammar`: its mask comes before the sampler.
         """
-        assert len(outputs) == len(requests)
-        options = {"rule": rule, "grammar": grammar}
-        for request in {id(request): request for request in requests}.values():
-            mine = [output for output, other in zip(outputs, requests, strict=True) if other is request]
-            with self.model(request, **options) as logprobs:
+        options: dict[str, Any] = {"rule": rule, "grammar": grammar}
+        for request, mine in by_request(outputs, requests):
+            with self.logprobs(request, **options) as logprobs:
                 wanted = [logprobs(output) for output in mine]
             for output, (tokens, values) in zip(mine, wanted, strict=True):
                 self._compare(output, request, tokens, values, options)
             if request is not None:
-                with self.model(None, **options) as logprobs:
+                with self.logprobs(None, **options) as logprobs:
                     plain = [logprobs(output)[1] for output in mine]
                 check_effect(request, torch.cat([values for _, values in wanted]), torch.cat(plain))
 
     def check_candidates(self, outputs: list[Any], requests: list[ParadeRequest | None], count: int) -> None:
         """Assert the `count` likeliest tokens of every step, and of the prompt's where they were asked for."""
-        for request in {id(request): request for request in requests}.values():
-            mine = [output for output, other in zip(outputs, requests, strict=True) if other is request]
+        for request, mine in by_request(outputs, requests):
             with self.logits(request) as logits:
                 wanted = [logits(output).log_softmax(-1) for output in mine]
             for output, values in zip(mine, wanted, strict=True):
@@ -71,19 +80,19 @@ class Oracle:
                 check_effect(request, torch.cat(wanted), torch.cat(plain))
 
     @contextmanager
-    def model(
+    def logprobs(
         self,
         request: ParadeRequest | None,
         pooling_dtype: torch.dtype = torch.float32,
         rule: Rule | None = None,
         grammar: bool = False,
-    ) -> Any:
+    ) -> Iterator[Callable[[Any], tuple[list[int], torch.Tensor]]]:
         """A function from an output to the most likely tokens and the log-probabilities of those answered."""
         with self.logits(request, pooling_dtype) as logits:
 
             def logprobs(output: Any) -> tuple[list[int], torch.Tensor]:
                 prompt, answer = output.prompt_token_ids, list(output.outputs[0].token_ids)
-                free = logits(output)[len(prompt) - 1 :]
+                free = logits(output, len(answer))
                 ruled = free
                 if rule is not None:
                     ruled = torch.stack([rule(row, prompt, answer[:step]) for step, row in enumerate(free)])
@@ -93,8 +102,13 @@ class Oracle:
             yield logprobs
 
     @contextmanager
-    def logits(self, request: ParadeRequest | None, pooling_dtype: torch.dtype = torch.float32) -> Any:
-        """A function from an output to the logits of every token but the prompt's first, [tokens - 1, vocabulary]."""
+    def logits(
+        self, request: ParadeRequest | None, pooling_dtype: torch.dtype = torch.float32
+    ) -> Iterator[Callable[..., torch.Tensor]]:
+        """A function from an output to the logits of its last tokens, [tokens, vocabulary].
+
+        How many tokens is its second argument; by default all but the prompt's first.
+        """
         model: Any = self.base
         if request is not None:
             model = PeftModel.from_pretrained(self.base, request.path)
@@ -103,17 +117,18 @@ class Oracle:
         # Equal requests are answered equally: the second costs nothing.
         @cache
         @torch.no_grad()
-        def forward(prompt_tokens: int, tokens: tuple[int, ...]) -> torch.Tensor:
-            ids = torch.tensor([tokens])
+        def forward(prompt_tokens: int, tokens: tuple[int, ...], last: int) -> torch.Tensor:
+            ids = torch.tensor([tokens], device=self.device)
             options = {}
             if request is not None:
                 instruction = request.instruction_tokens or prompt_tokens
-                options["instruction_mask"] = (torch.arange(ids.shape[1]) < instruction).long()[None]
-            return model(input_ids=ids, **options).logits[0]
+                positions = torch.arange(ids.shape[1], device=self.device)
+                options["instruction_mask"] = (positions < instruction).long()[None]
+            return model(input_ids=ids, logits_to_keep=last, **options).logits[0].cpu()
 
-        def logits(output: Any) -> torch.Tensor:
+        def logits(output: Any, last: int = 0) -> torch.Tensor:
             prompt = output.prompt_token_ids
-            return forward(len(prompt), (*prompt, *output.outputs[0].token_ids)[:-1])
+            return forward(len(prompt), (*prompt, *output.outputs[0].token_ids)[:-1], last)
 
         try:
             yield logits
@@ -129,18 +144,33 @@ class Oracle:
         values: torch.Tensor,
         options: dict[str, Any],
     ) -> None:
-        completion = output.outputs[0]
-        answer = list(completion.token_ids)
+        answer, served = answered(output)
         where = f"{request and request.parade_name}, prompt of {len(output.prompt_token_ids)} tokens"
         assert answer == tokens, f"{where}: engine {answer}, oracle {tokens}"
-        served = torch.tensor([step[token].logprob for step, token in zip(completion.logprobs, answer, strict=True)])
         difference = (served - values).abs().max().item()
         if difference > TOLERANCE and request is not None:
-            with self.model(request, torch.float64, **options) as logprobs:
+            with self.logprobs(request, torch.float64, **options) as logprobs:
                 bound = 3 * (logprobs(output)[1] - values).abs().max().item()
             assert difference <= bound, f"{where}: log-probabilities differ by {difference}, bound {bound}"
         else:
             assert difference <= TOLERANCE, f"{where}: log-probabilities differ by {difference}"
+
+
+def by_request(
+    outputs: Sequence[Any], requests: Sequence[ParadeRequest | None]
+) -> list[tuple[ParadeRequest | None, list[Any]]]:
+    """Each request with its outputs, in the order in which the requests first appear."""
+    found: dict[int, tuple[ParadeRequest | None, list[Any]]] = {}
+    for output, request in zip(outputs, requests, strict=True):
+        found.setdefault(id(request), (request, []))[1].append(output)
+    return list(found.values())
+
+
+def answered(output: Any) -> tuple[list[int], torch.Tensor]:
+    """Tokens of an engine's answer and their log-probabilities."""
+    completion = output.outputs[0]
+    tokens = list(completion.token_ids)
+    return tokens, torch.tensor([step[token].logprob for step, token in zip(completion.logprobs, tokens, strict=True)])
 
 
 def check_effect(request: ParadeRequest, values: torch.Tensor, plain: torch.Tensor) -> None:

