@@ -73,6 +73,29 @@ def test_training_code_loads_neither_vllm_nor_triton(module):
     assert not loaded & {"vllm", "triton"}
 
 
+HEAVY = {"numpy", "peft", "ray", "torch", "transformers", "vllm", "vllm_parade.adapter", "vllm_parade.cluster.routing"}
+
+
+@pytest.mark.parametrize("statement", ["import vllm_parade", "from vllm_parade.cluster import lifeline"])
+def test_the_front_door_loads_nothing_heavy(statement):
+    """Every process of vLLM imports the plugin, and so does every tool that only needs the package's version."""
+    script = f"import sys\n{statement}\nprint(*sys.modules)"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    loaded = set(result.stdout.split())
+    assert "vllm_parade" in loaded
+    heavy = loaded & HEAVY
+    assert not heavy
+
+
+def test_the_routing_rule_is_public():
+    from vllm_parade import cluster
+    from vllm_parade.cluster import AffinityRule, routing
+
+    assert AffinityRule is routing.AffinityRule
+    with pytest.raises(AttributeError, match="module 'vllm_parade.cluster' has no attribute 'Rule'"):
+        cluster.Rule  # noqa: B018
+
+
 def imported_modules(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
