@@ -2,8 +2,10 @@
 """What the package gives away, and what loading it drags in."""
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -103,6 +105,25 @@ def imported_modules(path):
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: a relative import"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+# Distributions that are called otherwise than their module.
+DISTRIBUTIONS = {"rouge_score": "rouge-score", "yaml": "pyyaml"}
+# Not in the extra: a few users want them, and a message says how to get them.
+OPTIONAL = {"datasets", "vllm"}
+
+
+def test_the_extra_train_brings_all_that_its_commands_import():
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
+    declared = [*project["dependencies"], *project["optional-dependencies"]["train"]]
+    names = {re.match(r"[\w-]+", requirement)[0] for requirement in declared}
+    files = [PACKAGE / "evaluate.py", PACKAGE / "inspect.py"]
+    files += [path for room in ("train", "tuner", "adapter") for path in (PACKAGE / room).glob("*.py")]
+    imported = {name.split(".")[0] for path in files for name in imported_modules(path)}
+    foreign = imported - set(sys.stdlib_module_names) - {"vllm_parade"} - OPTIONAL
+    assert {"matplotlib", "peft", "yaml"} <= foreign
+    missing = {name for name in foreign if DISTRIBUTIONS.get(name, name) not in names}
+    assert not missing
 
 
 @pytest.mark.parametrize("room", sorted(ROOMS))
