@@ -43,6 +43,16 @@ def smollm() -> str:
 
 
 @pytest.fixture(scope="session")
+def weightless(smollm: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the same model without its weights: nothing that passes with it has loaded them."""
+    folder = tmp_path_factory.mktemp("weightless")
+    for file in Path(smollm).iterdir():
+        if file.suffix != ".safetensors":
+            (folder / file.name).symlink_to(file)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def smollm_shape(smollm: str) -> BaseModelShape:
     from transformers import AutoConfig
 

@@ -2,8 +2,10 @@
 """What the package gives away, and what loading it drags in."""
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -73,6 +75,29 @@ def test_training_code_loads_neither_vllm_nor_triton(module):
     assert not loaded & {"vllm", "triton"}
 
 
+HEAVY = {"numpy", "peft", "ray", "torch", "transformers", "vllm", "vllm_parade.adapter", "vllm_parade.cluster.routing"}
+
+
+@pytest.mark.parametrize("statement", ["import vllm_parade", "from vllm_parade.cluster import lifeline"])
+def test_the_front_door_loads_nothing_heavy(statement):
+    """Every process of vLLM imports the plugin, and so does every tool that only needs the package's version."""
+    script = f"import sys\n{statement}\nprint(*sys.modules)"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    loaded = set(result.stdout.split())
+    assert "vllm_parade" in loaded
+    heavy = loaded & HEAVY
+    assert not heavy
+
+
+def test_the_routing_rule_is_public():
+    from vllm_parade import cluster
+    from vllm_parade.cluster import AffinityRule, routing
+
+    assert AffinityRule is routing.AffinityRule
+    with pytest.raises(AttributeError, match="module 'vllm_parade.cluster' has no attribute 'Rule'"):
+        cluster.Rule  # noqa: B018
+
+
 def imported_modules(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -80,6 +105,25 @@ def imported_modules(path):
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: a relative import"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+# Distributions that are called otherwise than their module.
+DISTRIBUTIONS = {"rouge_score": "rouge-score", "yaml": "pyyaml"}
+# Not in the extra: a few users want them, and a message says how to get them.
+OPTIONAL = {"datasets", "vllm"}
+
+
+def test_the_extra_train_brings_all_that_its_commands_import():
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
+    declared = [*project["dependencies"], *project["optional-dependencies"]["train"]]
+    names = {re.match(r"[\w-]+", requirement)[0] for requirement in declared}
+    files = [PACKAGE / "evaluate.py", PACKAGE / "inspect.py"]
+    files += [path for room in ("train", "tuner", "adapter") for path in (PACKAGE / room).glob("*.py")]
+    imported = {name.split(".")[0] for path in files for name in imported_modules(path)}
+    foreign = imported - set(sys.stdlib_module_names) - {"vllm_parade"} - OPTIONAL
+    assert {"matplotlib", "peft", "yaml"} <= foreign
+    missing = {name for name in foreign if DISTRIBUTIONS.get(name, name) not in names}
+    assert not missing
 
 
 @pytest.mark.parametrize("room", sorted(ROOMS))

@@ -167,9 +167,15 @@ class ServingConfig:
 
     def hashed(self, num_rows: int) -> dict[str, Any]:
         """What shapes the compiled model and so enters vLLM's compile cache key. Adapters' names and paths do not."""
-        layers = Path(__file__).parent / "layers"
-        traced = b"".join((layers / name).read_bytes() for name in ("model.py", "generator.py"))
-        return {"source": hashlib.sha256(traced).hexdigest(), "sites": list(self.sites), "rows": num_rows}
+        digest = hashlib.sha256()
+        for path in traced_files():
+            digest.update(json.dumps([path.name, path.read_text(encoding="utf-8")]).encode())
+        return {"source": digest.hexdigest(), "sites": list(self.sites), "rows": num_rows}
+
+
+def traced_files() -> list[Path]:
+    """Files whose code shapes the compiled model: all of `layers/`, the only room that hooks modules or defines ops."""
+    return sorted((Path(__file__).parent / "layers").glob("*.py"))
 
 
 def drafting_slots(vllm_config: "VllmConfig") -> int:

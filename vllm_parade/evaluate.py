@@ -12,15 +12,23 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from vllm_parade.adapter import AdapterError, load_adapter
+from vllm_parade.config import ParadeConfigError
+from vllm_parade.train.command import check_output_folder, naming, one_line_errors, require_modules
 from vllm_parade.train.data import encode_prompt
-from vllm_parade.train.tasks import TASKS, Example, Task
+from vllm_parade.train.pretrained import check_model, check_template, unusable
+from vllm_parade.train.readers import read_text
+from vllm_parade.train.tasks import TASKS, Example, Task, check_metric, read_task
 from vllm_parade.train.templates import TEMPLATES
 
 BASE = "base model"
+# Ranks for which vLLM can make room.
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -45,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--rows", type=int, help="the split's first examples; default: all")
     top.add_argument("--template", default="chat", choices=sorted(TEMPLATES), help="as in training")
     top.add_argument("--num_beams", type=int, default=1, help="default: %(default)s, greedy")
-    top.add_argument("--engine", type=json.loads, default={}, help="further engine arguments, as JSON")
+    top.add_argument("--engine", type=_options, default={}, help="further engine arguments, as JSON")
     top.add_argument("--output", type=Path, help="JSON file for scores and answers")
     return top
 
@@ -57,13 +65,38 @@ def _named(text: str) -> tuple[str, str]:
     return name, path
 
 
+def _options(text: str) -> dict[str, Any]:
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a JSON object, the arguments' values by their names")
+    return values
+
+
+def _settings(path: str) -> dict[str, Any]:
+    """An adapter's adapter_config.json, of whatever kind."""
+    file = Path(path) / "adapter_config.json"
+    with naming("--adapter"):
+        try:
+            values = json.loads(read_text(file))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file}: no valid JSON: {error}; expected PEFT's settings of an adapter") from error
+        if not isinstance(values, dict) or not isinstance(values.get("peft_type"), str):
+            raise ValueError(f"{file}: names no peft_type; expected PEFT's settings of an adapter")
+        if not isinstance(values.get("r", 1), int):
+            raise ValueError(f"{file}: r is {values['r']!r}; expected a whole number")
+        return values
+
+
 def adapter_kind(adapters: Sequence[tuple[str, str]]) -> str:
     """PARADE or LORA, by the adapters' configs.
 
     Raises:
         ValueError: a kind that vLLM does not serve, or several.
     """
-    kinds = {json.loads((Path(path) / "adapter_config.json").read_text())["peft_type"] for _, path in adapters}
+    kinds = {_settings(path)["peft_type"] for _, path in adapters}
     if len(kinds) > 1:
         raise ValueError(
             f"--adapter names adapters of the kinds {', '.join(sorted(kinds))}; one engine serves one kind"
@@ -74,6 +107,24 @@ def adapter_kind(adapters: Sequence[tuple[str, str]]) -> str:
             f"--adapter names an adapter of the kind {kind}, which vLLM does not serve; expected PARADE or LORA"
         )
     return kind
+
+
+def check_adapters(adapters: Sequence[tuple[str, str]]) -> None:
+    """Refuse adapters that vLLM would refuse when it has loaded the base model.
+
+    Raises:
+        ValueError: names the adapter, the reason and the remedy.
+    """
+    names = [name for name, _ in adapters]
+    for name in names:
+        if name == BASE or names.count(name) > 1:
+            raise ValueError(f"--adapter gives the name {name!r} twice; every adapter and the {BASE} have one each")
+    if adapter_kind(adapters) == "PARADE":
+        for _, path in adapters:
+            with naming("--adapter"):
+                load_adapter(path)
+    elif _largest(adapters, 8) > LORA_RANKS[-1]:
+        raise ValueError(f"--adapter names one of r {_largest(adapters, 8)}; vLLM serves up to {LORA_RANKS[-1]}")
 
 
 class Server:
@@ -87,13 +138,17 @@ class Server:
 
         self.kind, count = adapter_kind(adapters), max(len(adapters), 1)
         self.requests: dict[str, Any] = {BASE: None}
+        options: dict[str, Any]
         if self.kind == "PARADE":
             options = {"enable_parade": True, "max_parades": count, "max_parade_rank": _largest(adapters, 16)}
+            # The engine checks these before it loads the base model.
+            options["parade_modules"] = [{"name": name, "path": path} for name, path in adapters]
             self.requests |= {name: ParadeRequest(name, path) for name, path in adapters}
         else:
             options = {"enable_lora": True, "max_loras": count, "max_lora_rank": _lora_rank(_largest(adapters, 8))}
             self.requests |= {name: LoRARequest(name, i + 1, path) for i, (name, path) in enumerate(adapters)}
-        self.llm = LLM(model, **{**options, **engine})
+        with _refusals(model, engine):
+            self.llm = LLM(model, **{**options, **engine})
         self.tokenizer = self.llm.get_tokenizer()
 
     def answers(self, task: Task, examples: Sequence[Example], template: str, num_beams: int) -> dict[str, list[str]]:
@@ -129,20 +184,74 @@ class Server:
         ]
 
 
+@contextmanager
+def _refusals(model: str, engine: dict[str, Any]) -> Iterator[None]:
+    """Say which flags gave an engine what it refuses."""
+    try:
+        yield
+    except AdapterError as error:
+        raise ValueError(f"--adapter {error}") from error
+    except ParadeConfigError:
+        # It names the option.
+        raise
+    except (OSError, TypeError, ValueError) as error:
+        # Any other TypeError is a fault and no refusal.
+        if isinstance(error, TypeError) and "unexpected keyword argument" not in str(error):
+            raise
+        if isinstance(error, OSError) and not Path(model).exists():
+            raise unusable(model, error) from error
+        raise ValueError(f"vLLM refuses --model {model} with --engine {json.dumps(engine)}: {error}") from error
+
+
 def _largest(adapters: Sequence[tuple[str, str]], least: int) -> int:
-    ranks = (json.loads((Path(path) / "adapter_config.json").read_text())["r"] for _, path in adapters)
+    # PEFT leaves out nothing that it saves; the default is for adapters written by hand.
+    ranks = (_settings(path).get("r", least) for _, path in adapters)
     return max([least, *ranks])
 
 
 def _lora_rank(rank: int) -> int:
-    # vLLM takes these only.
-    return next(size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= rank)
+    return next(size for size in LORA_RANKS if size >= rank)
+
+
+def check(args: argparse.Namespace) -> list[Example]:
+    """The examples to answer, if nothing else speaks against starting an engine for them.
+
+    Raises:
+        ValueError: names the flag, its value and the remedy.
+    """
+    for name, value in (("rows", args.rows), ("num_beams", args.num_beams)):
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} is {value}; expected 1 or more")
+    check_model(args.model)
+    check_adapters(args.adapter)
+    check_metric(args.task)
+    examples = getattr(read_task(args.task, args.data, args.split), args.split)[: args.rows]
+    require_modules("vllm", remedy="pip install 'vllm-parade[cuda]' or 'vllm-parade[cpu]'")
+    _check_template(args)
+    if args.output:
+        check_output_folder("--output", args.output.parent)
+        if args.output.is_dir():
+            raise ValueError(f"--output {args.output}: is a folder; give a file")
+    return list(examples)
+
+
+def _check_template(args: argparse.Namespace) -> None:
+    """Where vLLM will take Transformers' tokenizer, a look at it costs a second."""
+    if args.template != "chat" or {"tokenizer", "tokenizer_mode"} & set(args.engine):
+        return
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+    # vLLM may find another one, and says so where it does not.
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    check_template(tokenizer, args.template)
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """Scores of base model and adapters, with the answers that they are scores of."""
-    task = TASKS[args.task]
-    examples = getattr(task.read(args.data), args.split)[: args.rows]
+    task, examples = TASKS[args.task], check(args)
     server = Server(args.model, args.adapter, args.engine)
     started = time.perf_counter()
     answers = server.answers(task, examples, args.template, args.num_beams)
@@ -164,10 +273,8 @@ def main() -> None:
     """The command."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     args = parser().parse_args()
-    try:
+    with one_line_errors("evaluate"):
         results = evaluate(args)
-    except ValueError as error:
-        raise SystemExit(f"vllm_parade.evaluate: {error}") from error
     head = f"{results['task']}, {results['split']}, {results['examples']} examples"
     print(f"| {head} | {results['metric']} |", "| --- | --- |", sep="\n")
     for name, value in results["scores"].items():

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 
+from vllm_parade.adapter import BaseModelShape, load_adapter
+from vllm_parade.train.command import check_output_folder, naming, one_line_errors, require_modules
 from vllm_parade.train.data import encode_prompt, pad_left
+from vllm_parade.train.pretrained import load_model, load_model_config, load_tokenizer
+from vllm_parade.train.readers import read_text
 from vllm_parade.train.templates import TEMPLATES
-from vllm_parade.tuner.model import ARGUMENT
 
 # As in the paper's figures.
 MAX_TOKENS = 64
@@ -26,6 +28,8 @@ SHOWN_ENTRIES = 512
 
 def vectors(model: Any, tokenizer: Any, prompts: Sequence[list[int]], batch_size: int = 64) -> dict[int, Tensor]:
     """Vectors of all prompts, [prompts, d_out] float32 on the CPU, by layer."""
+    from vllm_parade.tuner.model import ARGUMENT
+
     parts: dict[int, list[Tensor]] = {}
     for start in range(0, len(prompts), batch_size):
         batch = pad_left(prompts[start : start + batch_size], tokenizer.pad_token_id, model.device)
@@ -118,26 +122,49 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def main() -> None:
-    """The command."""
+def checked_layers(args: argparse.Namespace) -> list[int]:
+    """Numbers of the layers to draw.
+
+    Raises:
+        ValueError: a model, an adapter, a layer or a head that is not there; names the flag, its value and the remedy.
+    """
+    config = load_model_config(args.model)
+    with naming("--adapter"):
+        adapted = sorted(load_adapter(args.adapter, BaseModelShape.from_hf_config(config)).generators)
+    layers = args.layers or sorted({adapted[0], adapted[len(adapted) // 2], adapted[-1]})
+    if missing := [layer for layer in layers if layer not in adapted]:
+        raise ValueError(f"--layers: layer {missing[0]} has no vectors; expected some of {adapted}")
+    heads = config.num_attention_heads
+    if missing := [head for head in args.heads if not 0 <= head < heads]:
+        raise ValueError(f"--heads: the base model has no head {missing[0]}; expected some of 0 to {heads - 1}")
+    return list(layers)
+
+
+def draw(args: argparse.Namespace) -> None:
+    """Draw and print what the command line asks for.
+
+    Raises:
+        ValueError: names the flag, its value and the remedy.
+    """
+    require_modules("matplotlib", "peft", "transformers")
     import matplotlib
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from peft import PeftModel
+
+    # Makes PARADE known to PEFT.
+    import vllm_parade.tuner  # noqa: F401
 
     matplotlib.use("Agg")
-    args = parser().parse_args()
-    lines = [line for line in args.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    with naming("--prompts"):
+        lines = [line for line in read_text(args.prompts).splitlines() if line.strip()]
     if not lines:
-        raise SystemExit(f"vllm_parade.inspect: {args.prompts} holds no prompt; expected one a line")
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    base = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, attn_implementation="eager")
-    model: Any = PeftModel.from_pretrained(base, args.adapter).eval()
+        raise ValueError(f"--prompts {args.prompts}: holds no prompt; expected one a line")
+    layers = checked_layers(args)
+    tokenizer = load_tokenizer(args.model, args.template)
     prompts = [encode_prompt(tokenizer, line, args.template) for line in lines]
+    check_output_folder("--output", args.output)
+    base = load_model(args.model, dtype=torch.float32, attn_implementation="eager")
+    model: Any = PeftModel.from_pretrained(base, args.adapter).eval()
     found = vectors(model, tokenizer, prompts)
-    adapted = sorted(found)
-    layers = args.layers or sorted({adapted[0], adapted[len(adapted) // 2], adapted[-1]})
-    if missing := [layer for layer in layers if layer not in found]:
-        raise SystemExit(f"vllm_parade.inspect: layer {missing[0]} has no vectors; expected some of {adapted}")
-    args.output.mkdir(parents=True, exist_ok=True)
     for path in (
         *draw_attention(model, prompts[0], layers, args.heads, args.output),
         draw_vectors(found, layers, args.output),
@@ -145,6 +172,13 @@ def main() -> None:
         print(path)
     figures = prompt_dependence(found)
     print("vectors over prompts: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+
+
+def main() -> None:
+    """The command."""
+    args = parser().parse_args()
+    with one_line_errors("inspect"):
+        draw(args)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ import re
 
 import pytest
 
-from vllm_parade.config import ParadeConfigError, ParadeModule, ServingConfig, given_sites
+from vllm_parade import config as config_module
+from vllm_parade.config import ParadeConfigError, ParadeModule, ServingConfig, given_sites, traced_files
 
 
 def test_defaults():
@@ -111,3 +112,26 @@ def test_order_of_sites_carries_no_meaning():
     assert ServingConfig(True, parade_sites=("up", "k", "q")).sites == ("q", "k", "up")
     assert given_sites([("gate",), ("k", "q")]) == ("q", "k", "v", "gate", "up")
     assert given_sites([]) == ("q", "v", "up")
+
+
+def test_any_change_of_traced_code_changes_the_compile_cache_key(monkeypatch, tmp_path):
+    copies = [tmp_path / path.name for path in traced_files()]
+    for path, copy in zip(traced_files(), copies, strict=True):
+        copy.write_bytes(path.read_bytes())
+    monkeypatch.setattr(config_module, "traced_files", lambda: sorted(tmp_path.glob("*.py")))
+    config = ServingConfig(True)
+    source = config.hashed(8)["source"]
+    assert config.hashed(8)["source"] == source
+    for copy in copies:
+        content = copy.read_bytes()
+        copy.write_bytes(content + b"\n")
+        assert config.hashed(8)["source"] != source, copy.name
+        copy.write_bytes(content)
+    copies[-1].rename(tmp_path / "other.py")
+    assert config.hashed(8)["source"] != source
+
+
+def test_traced_files_are_those_of_the_layers():
+    """Hooks and op, and what says which parts are scaled and how large the tables are."""
+    assert {path.parent.name for path in traced_files()} == {"layers"}
+    assert {path.name for path in traced_files()} >= {"model.py", "generator.py", "sites.py", "batch.py"}

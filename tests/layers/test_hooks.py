@@ -3,6 +3,7 @@
 
 Longer than 300 lines, since all of it needs that model."""
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,10 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.symbolic_convert import InliningInstructionTranslator
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import override_forward_context
 
+import vllm_parade
 from vllm_parade.adapter import Adapter, AdapterConfig, AdapterError, BaseModelShape, adapted_layers, initial_generator
+from vllm_parade.config import traced_files
 from vllm_parade.layers import BatchMetadata, adjust_model
 from vllm_parade.layers.generator import LAYERS_KEY
 from vllm_parade.layers.model import UnsupportedModelError
@@ -286,6 +290,40 @@ def test_the_generator_op_finds_each_layer_by_its_table():
     norms = [layer.input_layernorm for layer in adjusted.model.layers]
     assert [adjusted.context[LAYERS_KEY][norm.parade_table.data_ptr()] for norm in norms] == adjusted.layers
     assert [layer.layer_idx for layer in adjusted.layers] == [0, 1]
+
+
+class TestCompileCache:
+    """vLLM reuses a compiled model whose cache key is the same, so the key must cover all code that was compiled."""
+
+    PACKAGE = Path(vllm_parade.__file__).parent
+
+    @pytest.mark.parametrize("with_residual", [False, True])
+    def test_the_key_covers_the_code_that_is_traced(self, monkeypatch, with_residual):
+        traced, inline_call = set(), InliningInstructionTranslator.inline_call_
+
+        def recorded(translator):
+            traced.add(Path(translator.f_code.co_filename))
+            return inline_call(translator)
+
+        # As vLLM does, to know what it compiles.
+        monkeypatch.setattr(InliningInstructionTranslator, "inline_call_", recorded)
+        adjusted = Adjusted(("q", "k", "v", "gate", "up"))
+        hooks = [hook for module in adjusted.model.modules() for hook in module._forward_hooks.values()]
+        residual = hidden_states(seed=1) if with_residual else None
+        adjusted.model.layers[0] = torch.compile(adjusted.model.layers[0], backend="eager", fullgraph=True)
+        adjusted.run(0, hidden_states(), residual)
+        ours = {path for path in traced if path.is_relative_to(self.PACKAGE)}
+        assert len(hooks) == 3 * LAYERS
+        assert ours >= {Path(hook.__code__.co_filename) for hook in hooks}
+        assert ours <= set(traced_files())
+
+    def test_the_key_covers_what_registers_hooks_buffers_and_ops(self):
+        """The tuner's hooks are on Hugging Face models."""
+        calls = re.compile(r"\b(register_forward_(pre_)?hook|register_buffer|direct_register_custom_op)\(")
+        sources = [path for path in self.PACKAGE.rglob("*.py") if path.parent.name != "tuner"]
+        registering = {path for path in sources if calls.search(path.read_text(encoding="utf-8"))}
+        assert registering
+        assert registering <= set(traced_files())
 
 
 class TestUnsupportedModels:

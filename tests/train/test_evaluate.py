@@ -3,17 +3,24 @@
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.adapters import make_adapter
+from tests.commands import refusal
 from tests.engines import DEFAULTS
-from vllm_parade.evaluate import adapter_kind, parser
+from vllm_parade.adapter import BaseModelShape
+from vllm_parade.evaluate import Server, adapter_kind, main, parser
 from vllm_parade.train.answers import score
 from vllm_parade.train.tasks import TASKS
 
@@ -65,3 +72,105 @@ def test_adapters_are_given_by_name(tmp_path: Path, capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit):
         parser().parse_args([*flags, "somewhere"])
     assert "'somewhere': expected NAME=PATH, the folder of an adapter" in capsys.readouterr().err
+
+
+@pytest.fixture
+def refused(smollm: str, sst2: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Runs the command, which must refuse before it asks for an engine."""
+    monkeypatch.setattr("vllm_parade.evaluate.Server", Mock(side_effect=AssertionError("an engine starts")))
+
+    def run(*flags: object, model: object = smollm, data: object = sst2) -> str:
+        line = refusal(main, "--model", model, "--task", "sst2", "--data", data, *flags)
+        assert line.startswith("vllm_parade.evaluate: ")
+        return line.removeprefix("vllm_parade.evaluate: ")
+
+    return run
+
+
+def test_bad_models_are_refused(refused: Callable[..., str], weightless: Path, tmp_path: Path) -> None:
+    remedy = "give the folder of a Hugging Face model or its name on the Hub"
+    assert refused(model=tmp_path / "a/b") == f"--model {tmp_path}/a/b: no such folder; {remedy}"
+    assert refused(model=tmp_path) == f"--model {tmp_path}: the folder holds no config.json; {remedy}"
+    model = tmp_path / "model"
+    shutil.copytree(weightless, model)
+    (model / "chat_template.jinja").unlink()
+    assert refused(model=model).startswith("--template is chat, but the model's tokenizer has no chat template")
+
+
+def test_bad_data_is_refused(refused: Callable[..., str], sst2: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    assert refused(data=data).startswith(f"--data {data}/train.tsv: cannot be read: No such file or directory")
+    shutil.copytree(sst2, data)
+    (data / "test.tsv").write_text("")
+    assert refused(data=data) == f"--data {data}: holds no test example of task sst2; give its complete files"
+    (data / "test.tsv").write_text("a film")
+    assert refused(data=data).startswith(f"--data {data}/test.tsv, line 1: expected a sentence, a tab and the label")
+    for flag in ("--rows", "--num_beams"):
+        assert refused(flag, 0) == f"{flag} is 0; expected 1 or more"
+
+
+def test_bad_adapters_are_refused(refused: Callable[..., str], tmp_path: Path) -> None:
+    def given(config: str) -> tuple[str, str]:
+        path = tmp_path / "given"
+        path.mkdir(exist_ok=True)
+        (path / "adapter_config.json").write_text(config)
+        return "--adapter", f"a={path}"
+
+    file = tmp_path / "given/adapter_config.json"
+    assert refused(*given("{")).startswith(f"--adapter {file}: no valid JSON: ")
+    assert refused(*given("[]")) == f"--adapter {file}: names no peft_type; expected PEFT's settings of an adapter"
+    assert refused(*given('{"peft_type": "LORA", "r": "8"}')).startswith(f"--adapter {file}: r is '8'; expected a ")
+    line = refused(*given('{"peft_type": "PARADE"}'))
+    assert line.startswith(f"--adapter {tmp_path}/given/adapter_model.safetensors: no such file; expected ")
+    assert refused(*given('{"peft_type": "LORA", "r": 600}')) == "--adapter names one of r 600; vLLM serves up to 512"
+    twice = refused("--adapter", f"a={ADAPTER}", f"a={ADAPTER}")
+    assert twice == "--adapter gives the name 'a' twice; every adapter and the base model have one each"
+    assert refused("--adapter", f"base model={ADAPTER}").startswith("--adapter gives the name 'base model' twice")
+
+
+def test_results_without_a_place_are_refused(refused: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert refused("--output", tmp_path) == f"--output {tmp_path}: is a folder; give a file"
+    line = refused("--output", tmp_path / "file/scores.json")
+    assert line.startswith(f"--output {tmp_path}/file: cannot be made a folder: ")
+
+
+def test_missing_packages_are_named(refused: Callable[..., str], sst2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    assert refused() == "not installed: vllm; install with: pip install 'vllm-parade[cuda]' or 'vllm-parade[cpu]'"
+    monkeypatch.setitem(sys.modules, "rouge_score", None)
+    assert refused("--task", "e2e").startswith("not installed: rouge_score; install with: pip install ")
+
+
+@pytest.mark.parametrize(("given", "said"), [("{", "is no JSON"), ("[1]", "expected a JSON object")])
+def test_engine_arguments_are_an_object(capsys: pytest.CaptureFixture[str], given: str, said: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parser().parse_args(["--model", "m", "--task", "sst2", "--data", "d", "--engine", given])
+    assert ended.value.code == 2
+    assert f"argument --engine: {given!r}" in (message := capsys.readouterr().err)
+    assert said in message
+
+
+def test_what_vllm_refuses_names_the_flags(smollm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an engine's start only its config is made."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    def config_only(model: str, **options: Any) -> None:
+        EngineArgs(model, **options).create_engine_config()
+
+    monkeypatch.setattr("vllm.LLM", config_only)
+    with pytest.raises(ValueError, match=r"refuses --model .* with --engine .*unexpected keyword argument 'nosuch'"):
+        Server(smollm, [], {"nosuch": 1})
+    with pytest.raises(ValueError, match="(?s)^vLLM refuses --model .* with --engine .*is greater than the derived"):
+        Server(smollm, [], {"max_model_len": 1 << 30})
+    with pytest.raises(ValueError, match="^--model nobody/nothing: no such folder, and not to be had from the Hub: "):
+        Server("nobody/nothing", [], {})
+    other = BaseModelShape(32, 2, {"q": 32, "k": 32, "v": 32, "gate": 64, "up": 64})
+    misfit = make_adapter(tmp_path / "misfit", other, 0)
+    with pytest.raises(ValueError, match=rf"^--adapter {misfit.path}/adapter_model.safetensors: tensor .* has shape"):
+        Server(smollm, [("misfit", misfit.path)], {})
+    with pytest.raises(ValueError, match="^--enable-lora cannot be used with --enable-parade"):
+        Server(smollm, [("mine", str(ADAPTER))], {"enable_lora": True})
+    monkeypatch.setattr("vllm.LLM", Mock(side_effect=TypeError("a fault")))
+    with pytest.raises(TypeError, match="a fault"):
+        Server(smollm, [], {})

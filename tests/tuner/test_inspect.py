@@ -3,16 +3,19 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from peft import get_peft_model
 
+from tests.commands import refusal
 from tests.tuner.models import PAD, make
-from vllm_parade.inspect import attention_maps, prompt_dependence, vectors
+from vllm_parade.inspect import attention_maps, main, prompt_dependence, vectors
 from vllm_parade.tuner import ParadeConfig
 
 ADAPTER = Path(__file__).parents[2] / "examples/adapters/sst2"
@@ -69,3 +72,53 @@ def test_pictures(smollm: str, tmp_path: Path) -> None:
     refused = subprocess.run([*command, "--layers", "30"], capture_output=True, text=True, timeout=300)
     assert refused.returncode == 1
     assert "layer 30 has no vectors" in refused.stderr
+
+
+@pytest.fixture
+def refused(smollm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Runs the command, which must refuse before it loads weights."""
+    monkeypatch.setattr("vllm_parade.inspect.load_model", Mock(side_effect=AssertionError("a model is loaded")))
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a gripping movie\n")
+
+    def run(*flags: object, model: object = smollm) -> str:
+        required = ("--model", model, "--adapter", ADAPTER, "--prompts", prompts, "--output", tmp_path / "pictures")
+        line = refusal(main, *required, *flags)
+        assert line.startswith("vllm_parade.inspect: ")
+        return line.removeprefix("vllm_parade.inspect: ")
+
+    return run
+
+
+def test_bad_input_is_refused(refused: Callable[..., str], tmp_path: Path) -> None:
+    file, folder, missing = tmp_path / "file", tmp_path / "folder", tmp_path / "missing"
+    file.write_bytes(b"\xff")
+    folder.mkdir()
+    remedy = "give the folder of a Hugging Face model or its name on the Hub"
+    assert refused(model=missing) == f"--model {missing}: no such folder; {remedy}"
+    assert refused(model=folder) == f"--model {folder}: the folder holds no config.json; {remedy}"
+    assert refused("--prompts", missing).startswith(f"--prompts {missing}: cannot be read: No such file or directory")
+    assert refused("--prompts", folder).startswith(f"--prompts {folder}: cannot be read: Is a directory")
+    assert refused("--prompts", file).startswith(f"--prompts {file}: no UTF-8 text")
+    assert refused("--adapter", missing).startswith(f"--adapter {missing}: no such folder; expected a folder that ")
+    assert refused("--adapter", folder).startswith(f"--adapter {folder}/adapter_config.json: no such file; expected ")
+    assert refused("--layers", 0, 30) == f"--layers: layer 30 has no vectors; expected some of {list(range(30))}"
+    assert refused("--heads", 0, 9) == "--heads: the base model has no head 9; expected some of 0 to 8"
+    assert refused("--heads", -1).startswith("--heads: the base model has no head -1")
+    assert refused("--output", file).startswith(f"--output {file}: cannot be made a folder: File exists")
+    file.write_text("\n \n")
+    assert refused("--prompts", file) == f"--prompts {file}: holds no prompt; expected one a line"
+
+
+def test_missing_packages_are_named(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert refused() == "not installed: matplotlib; install with: pip install 'vllm-parade[train]'"
+
+
+def test_help_needs_no_package_of_the_extra() -> None:
+    blocked = ("aenum", "matplotlib", "peft", "transformers")
+    script = f"import runpy, sys; sys.modules.update(dict.fromkeys({blocked})); sys.argv[1:] = ['--help']\n"
+    script += "runpy.run_module('vllm_parade.inspect', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "--prompts PROMPTS" in done.stdout

@@ -5,9 +5,22 @@
         |                                             |
         +---------> coordinator.py: adapters.py <-----+ follower.py
 
-Nothing that is imported here loads vLLM or Ray. `app.py` puts the application together.
+Importing this package loads none of these modules: the plugin imports `lifeline.py` in every process of vLLM.
+`app.py` puts the application together.
 """
 
-from vllm_parade.cluster.routing import AffinityRule
+from typing import TYPE_CHECKING, Any
 
 __all__ = ["AffinityRule"]
+
+if TYPE_CHECKING:
+    from vllm_parade.cluster.routing import AffinityRule
+
+
+def __getattr__(name: str) -> Any:
+    # The rule needs NumPy.
+    if name == "AffinityRule":
+        from vllm_parade.cluster.routing import AffinityRule
+
+        return AffinityRule
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,20 +15,25 @@ import sys
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import yaml
-from transformers import HfArgumentParser
+from vllm_parade.train.command import one_line_errors, require_modules
+from vllm_parade.train.readers import read_text
 
-from vllm_parade.train.arguments import AdapterArguments, PromptTrainingArguments
-from vllm_parade.train.trainer import train
+if TYPE_CHECKING:
+    from vllm_parade.train.arguments import AdapterArguments, PromptTrainingArguments
 
 
-def parse(arguments: list[str]) -> tuple[AdapterArguments, PromptTrainingArguments]:
+def parse(arguments: list[str]) -> "tuple[AdapterArguments, PromptTrainingArguments]":
     """Read the command line, and the YAML file that it may begin with.
 
     Raises:
         ValueError: names the flag, its value and the remedy.
     """
+    from transformers import HfArgumentParser
+
+    from vllm_parade.train.arguments import AdapterArguments, PromptTrainingArguments
+
     parser = HfArgumentParser(
         (AdapterArguments, PromptTrainingArguments),
         prog="python -m vllm_parade.train",
@@ -43,7 +48,12 @@ def parse(arguments: list[str]) -> tuple[AdapterArguments, PromptTrainingArgumen
 
 def _flags(file: Path) -> Iterator[str]:
     """A YAML file's settings as flags, so that those of the command line can come on top."""
-    values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    import yaml
+
+    try:
+        values = yaml.safe_load(read_text(file))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file}: no valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{file} holds a {type(values).__name__}; expected settings by name")
     for name, value in values.items():
@@ -54,10 +64,12 @@ def _flags(file: Path) -> Iterator[str]:
 
 def main() -> None:
     """The command."""
-    try:
-        train(*parse(sys.argv[1:]))
-    except ValueError as error:
-        raise SystemExit(f"vllm_parade.train: {error}") from error
+    with one_line_errors("train"):
+        require_modules("accelerate", "aenum", "peft", "transformers", "yaml")
+        adapter, settings = parse(sys.argv[1:])
+        from vllm_parade.train.trainer import train
+
+        train(adapter, settings)
 
 
 if __name__ == "__main__":

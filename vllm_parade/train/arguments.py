@@ -6,8 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from vllm_parade.train.command import require_modules
 from vllm_parade.train.methods import METHODS
 from vllm_parade.train.tasks import TASKS
 from vllm_parade.train.templates import TEMPLATES
@@ -63,12 +66,37 @@ class AdapterArguments:
             raise ValueError(f"--standardize and --bias_lr_ratio are for PARADE; drop them with --method {self.method}")
         if self.bias_lr_ratio < 0:
             raise ValueError(f"--bias_lr_ratio is {self.bias_lr_ratio}; expected 0 or more")
+        for name, least in (("max_length", 1), ("dev_rows", 1), ("metric_rows", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"--{name} is {value}; expected {least} or more")
+        self._check_model_options()
+        self._check_data()
+
+    def _check_model_options(self) -> None:
+        dtype = getattr(torch, self.dtype, None)
+        if self.dtype != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"--dtype is {self.dtype}; expected auto, bfloat16, float16 or float32")
+        known = ["eager", *(name for name in ALL_ATTENTION_FUNCTIONS.valid_keys() if "|" not in name)]
+        # With / or | it names kernels on the Hub.
+        if self.attention not in known and not {"/", "|"} & set(self.attention):
+            raise ValueError(f"--attention is {self.attention}; expected one of {', '.join(known)}")
+        if self.attention == "xformers":
+            if not torch.cuda.is_available():
+                raise ValueError("--attention is xformers, which needs a GPU; give sdpa")
+            require_modules("xformers")
+
+    def _check_data(self) -> None:
         sources = [name for name in ("task", "train_file", "dataset") if getattr(self, name)]
         if len(sources) != 1:
             given = ", ".join(f"--{name}" for name in sources) or "none"
             raise ValueError(f"give one of --task, --train_file and --dataset; got {given}")
         if len(self.data) != len(self.task):
             raise ValueError(f"--data names {len(self.data)} folders for {len(self.task)} tasks; give one for each")
+        if self.dev_file and not self.train_file:
+            raise ValueError(
+                "--dev_file is for --train_file; drop it: tasks and data sets have a dev split of their own"
+            )
         for folder in self.data:
             if not Path(folder).is_dir():
                 raise ValueError(f"--data names {folder!r}, which is no folder")

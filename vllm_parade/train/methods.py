@@ -5,7 +5,10 @@ from typing import Any
 
 from peft import IA3Config, LoraConfig, PeftConfig
 
+from vllm_parade.adapter import AdapterError, BaseModelShape
+from vllm_parade.adapter.validation import check_config
 from vllm_parade.tuner import ParadeConfig
+from vllm_parade.tuner.layout import layout_of
 
 LINEAR_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # The paper's settings of its baselines, for the LLaMA family: LoRA of rank 4 on all linear modules. (IA)3 scales what
@@ -26,5 +29,25 @@ def peft_config(method: str, settings: dict[str, Any]) -> PeftConfig:
     kind, defaults = METHODS[method]
     try:
         return kind(**{"task_type": "CAUSAL_LM", **defaults, **settings})
-    except TypeError as error:
+    except AdapterError as error:
+        raise AdapterError(f"--peft got {settings} for {method}: {error}") from error
+    except (TypeError, ValueError) as error:
         raise ValueError(f"--peft got {settings} for {method}: {error}") from error
+
+
+def check_fit(config: PeftConfig, model_config: Any) -> None:
+    """Refuse a PARADE adapter that the base model cannot carry; of the other methods PEFT knows when it has the model.
+
+    Raises:
+        AdapterError: names --model or --peft, the value and what was expected.
+    """
+    if not isinstance(config, ParadeConfig):
+        return
+    try:
+        layout_of(model_config)
+    except AdapterError as error:
+        raise AdapterError(f"--model: {error}") from error
+    try:
+        check_config(config.adapter_config(), BaseModelShape.from_hf_config(model_config), None, None)
+    except AdapterError as error:
+        raise AdapterError(f"--peft: {error}") from error

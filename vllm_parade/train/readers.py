@@ -1,13 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the files of each task are read. None of a task's training prompts occurs in its dev or test split."""
+"""How the files of each task are read. None of a task's training prompts occurs in its dev or test split.
+
+What a file holds instead of examples is refused by a ValueError that names file and line.
+"""
 
 import csv
+import io
 import json
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from vllm_parade.train.command import naming
 from vllm_parade.train.templates import (
     SST2_ANSWERS,
     boolq_prompt,
@@ -21,6 +28,9 @@ from vllm_parade.train.templates import (
 DEV_EXAMPLES = 200
 E2E_DEV_MEANINGS = 100
 BOOLQ_TEST = 1000
+RTE_ANSWERS = {"entailment": "yes", "not_entailment": "no"}
+BOOLQ_ANSWERS = {True: "yes", False: "no"}
+PAIR = '{"prompt": ..., "response": ...}'
 WIKISQL_SEPARATOR = "--SEPARATOR--"
 WIKISQL_ROW = re.compile(r"(?P<table>\S+) (?P<columns><c>.*?) <i> (?P<question>.*?) <s> (?P<sql>.*?) </s>", re.DOTALL)
 
@@ -48,15 +58,61 @@ class Splits:
         return cls([example for example in train if example.prompt not in held_out], dev, test)
 
 
+def read_text(path: Path, newline: str | None = None) -> str:
+    """A text file's content; `newline` as in `open`.
+
+    Raises:
+        ValueError: names the file, the reason and the remedy.
+    """
+    try:
+        # Some editors begin UTF-8 files with a mark.
+        with path.open(encoding="utf-8-sig", newline=newline) as file:
+            return file.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: no UTF-8 text ({error.reason}, byte {error.start}); save it as UTF-8") from error
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}; expected a text file") from error
+
+
+def _lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Lines that are not blank, each with the words that say where it stands."""
+    # Not splitlines(), which cuts at further characters that stand unescaped in JSON.
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if line.strip():
+            yield f"{path}, line {number}", line
+
+
+def _csv_rows(path: Path, **options: Any) -> Iterator[tuple[str, list[str]]]:
+    """Rows that are not blank, likewise."""
+    reader = csv.reader(io.StringIO(read_text(path, newline=""), newline=""), **options)
+    try:
+        for row in reader:
+            if row:
+                yield f"{path}, line {reader.line_num}", row
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
+
+
+@contextmanager
+def _expecting(where: str, what: str) -> Iterator[None]:
+    try:
+        yield
+    # RecursionError is JSON nested thousands deep.
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{where}: expected {what} ({error!r})") from error
+
+
 def read_sst2(folder: Path) -> Splits:
     """Read train.tsv, dev.tsv and test.tsv: sentence, tab, label; whole sentences of the treebank."""
     return Splits.without_overlap(*(list(_sst2(folder / f"{split}.tsv")) for split in ("train", "dev", "test")))
 
 
 def _sst2(path: Path) -> Iterator[Example]:
-    for line in path.read_text(encoding="utf-8").splitlines():
-        sentence, label = line.rsplit("\t", 1)
-        yield Example(sst2_prompt(sentence.strip()), (SST2_ANSWERS[int(label)],))
+    for where, line in _lines(path):
+        with _expecting(where, "a sentence, a tab and the label 0 or 1"):
+            sentence, label = line.rsplit("\t", 1)
+            answer = SST2_ANSWERS[("0", "1").index(label.strip())]
+        yield Example(sst2_prompt(sentence.strip()), (answer,))
 
 
 def read_rte(folder: Path) -> Splits:
@@ -65,20 +121,24 @@ def read_rte(folder: Path) -> Splits:
 
 
 def _rte(path: Path) -> Iterator[Example]:
-    with path.open(encoding="utf-8", newline="") as file:
-        for _, premise, hypothesis, label in csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE):
-            # Not all of the files have a line of headings.
-            if label != "label":
-                yield Example(rte_prompt(premise, hypothesis), ("yes" if label == "entailment" else "no",))
+    for where, row in _csv_rows(path, delimiter="\t", quoting=csv.QUOTE_NONE):
+        # Not all of the files have a line of headings.
+        if row[-1] == "label":
+            continue
+        with _expecting(where, "an index, two sentences and entailment or not_entailment, with tabs between them"):
+            _, premise, hypothesis, label = row
+            answer = RTE_ANSWERS[label]
+        yield Example(rte_prompt(premise, hypothesis), (answer,))
 
 
 def read_boolq(folder: Path) -> Splits:
     """Read val.jsonl, the official dev set, and split it by passage: 1,000 rows for the test, 200 for dev."""
-    rows = [json.loads(line) for line in (folder / "val.jsonl").read_text(encoding="utf-8").splitlines()]
     passages: dict[str, list[Example]] = {}
-    for row in rows:
-        example = Example(boolq_prompt(row["passage"], row["question"]), ("yes" if row["label"] else "no",))
-        passages.setdefault(row["passage"], []).append(example)
+    for where, line in _lines(folder / "val.jsonl"):
+        with _expecting(where, 'JSON with "passage", "question" and "label", true or false'):
+            row = json.loads(line)
+            example = Example(boolq_prompt(row["passage"], row["question"]), (BOOLQ_ANSWERS[row["label"]],))
+            passages.setdefault(row["passage"], []).append(example)
     test, rest = _take(list(passages.values()), BOOLQ_TEST)
     dev, rest = _take(rest, DEV_EXAMPLES)
     return Splits.without_overlap((example for group in rest for example in group), dev, test)
@@ -90,16 +150,19 @@ def read_e2e(folder: Path) -> Splits:
     The challenge's own trainset.csv is not needed.
     """
     examples, test = _e2e(folder / "devset.csv"), _e2e(folder / "testset_w_refs.csv")
-    stride = len(examples) // E2E_DEV_MEANINGS
+    stride = max(1, len(examples) // E2E_DEV_MEANINGS)
     return Splits.without_overlap(examples, examples[::stride][:E2E_DEV_MEANINGS], test)
 
 
 def _e2e(path: Path) -> list[Example]:
     """One example a meaning representation, in the file's order, with all its references."""
     references: dict[str, list[str]] = {}
-    with path.open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            references.setdefault(row["mr"], []).append(row["ref"].strip())
+    rows = _csv_rows(path)
+    _, columns = next(rows, ("", []))
+    for where, row in rows:
+        with _expecting(where, "a row with the columns mr and ref, which the first row names"):
+            values = dict(zip(columns, row, strict=True))
+            references.setdefault(values["mr"], []).append(values["ref"].strip())
     return [Example(e2e_prompt(meaning), tuple(texts)) for meaning, texts in references.items()]
 
 
@@ -114,7 +177,7 @@ def read_wikisql(folder: Path) -> Splits:
 
 
 def _wikisql(path: Path) -> Iterator[tuple[str, Example]]:
-    for row in path.read_text(encoding="utf-8").split(WIKISQL_SEPARATOR):
+    for row in read_text(path).split(WIKISQL_SEPARATOR):
         match = WIKISQL_ROW.search(row)
         if match is None:
             if row.strip():
@@ -130,18 +193,21 @@ def read_jsonl(train: Path, dev: Path | None) -> Splits:
     """Read files of lines `{"prompt": ..., "response": ...}`; without `dev`, every tenth example up to 200 is it.
 
     Raises:
-        ValueError: names file and line.
+        ValueError: names the flag, the file and the line.
     """
-    examples = list(_jsonl(train))
-    if dev is not None:
-        return Splits.without_overlap(examples, list(_jsonl(dev)), [])
-    return Splits.without_overlap(examples, examples[::10][:DEV_EXAMPLES], [])
+    with naming("--train_file"):
+        examples = _jsonl(train)
+    if dev is None:
+        return Splits.without_overlap(examples, examples[::10][:DEV_EXAMPLES], [])
+    with naming("--dev_file"):
+        return Splits.without_overlap(examples, _jsonl(dev), [])
 
 
-def _jsonl(path: Path) -> Iterator[Example]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if line.strip():
-            yield as_example(line, f"{path}, line {number}")
+def _jsonl(path: Path) -> list[Example]:
+    examples = [as_example(line, where) for where, line in _lines(path)]
+    if not examples:
+        raise ValueError(f"{path}: holds no example; expected lines {PAIR}")
+    return examples
 
 
 def as_example(row: "str | dict", where: str) -> Example:
@@ -150,11 +216,9 @@ def as_example(row: "str | dict", where: str) -> Example:
     Raises:
         ValueError: names the row.
     """
-    try:
+    with _expecting(where, PAIR):
         values = json.loads(row) if isinstance(row, str) else row
         prompt, response = values["prompt"], values["response"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f'{where}: expected {{"prompt": ..., "response": ...}} ({error!r})') from error
     if not isinstance(prompt, str) or not isinstance(response, str) or not prompt or not response:
         raise ValueError(f"{where}: prompt and response must be texts that are not empty")
     return Example(prompt, (response,))

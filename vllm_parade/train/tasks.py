@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from vllm_parade.train.command import naming, require_modules
 from vllm_parade.train.readers import (
     Example,
     Splits,
@@ -17,7 +18,7 @@ from vllm_parade.train.readers import (
 )
 from vllm_parade.train.templates import SST2_ANSWERS
 
-__all__ = ["TASKS", "Example", "Splits", "Task", "mixture"]
+__all__ = ["TASKS", "Example", "Splits", "Task", "check_metric", "mixture", "read_task"]
 
 YES_NO = ("no", "yes")
 
@@ -71,6 +72,30 @@ TASKS = {
         Task("wikisql", "logical form", 80, read_wikisql, logical_form),
     )
 }
+
+
+def read_task(name: str, folder: Path, *needed: str) -> Splits:
+    """A task's examples out of the folder that --data names, some for every split in `needed`.
+
+    Raises:
+        ValueError: names --data, the file or folder, and what was expected of it.
+    """
+    with naming("--data"):
+        splits = TASKS[name].read(folder)
+    for split in needed:
+        if not getattr(splits, split):
+            raise ValueError(f"--data {folder}: holds no {split} example of task {name}; give its complete files")
+    return splits
+
+
+def check_metric(name: str) -> None:
+    """Refuse a task whose metric would fail for want of a package when all answers are there.
+
+    Raises:
+        ValueError: names the package and the remedy.
+    """
+    if TASKS[name].metric is rouge_l:
+        require_modules("rouge_score")
 
 
 def mixture(splits: Sequence[Splits]) -> Splits:

@@ -8,23 +8,18 @@ from typing import Any, cast
 import torch
 from peft import PeftModel, get_peft_model
 from torch.distributed.tensor import DTensor
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    DataCollatorWithFlattening,
-    EarlyStoppingCallback,
-    Trainer,
-    set_seed,
-)
+from transformers import DataCollatorWithFlattening, EarlyStoppingCallback, Trainer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from vllm_parade.train.answers import score
 from vllm_parade.train.arguments import AdapterArguments, PromptTrainingArguments
 from vllm_parade.train.card import write_card
+from vllm_parade.train.command import check_output_folder
 from vllm_parade.train.data import Collator, encode
-from vllm_parade.train.methods import peft_config
-from vllm_parade.train.readers import Splits, as_example, read_jsonl
-from vllm_parade.train.tasks import TASKS, mixture
+from vllm_parade.train.methods import check_fit, peft_config
+from vllm_parade.train.pretrained import load_model, load_model_config, load_tokenizer
+from vllm_parade.train.readers import Example, Splits, as_example, read_jsonl
+from vllm_parade.train.tasks import TASKS, check_metric, mixture, read_task
 
 # Whose prompts --standardize looks at.
 STANDARD_PAIRS = 256
@@ -63,29 +58,34 @@ class PromptTrainer(Trainer):
         return metrics
 
 
-def load_base(options: AdapterArguments) -> tuple[Any, Any]:
-    """Base model and tokenizer."""
+def load_base(options: AdapterArguments) -> Any:
+    """The base model."""
     dtype: Any = options.dtype
     if dtype == "auto":
         dtype = "bfloat16" if torch.cuda.is_available() else "float32"
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(
-        options.model, dtype=getattr(torch, dtype), attn_implementation=options.attention
-    )
+    model = load_model(options.model, dtype=getattr(torch, dtype), attn_implementation=options.attention)
     model.config.use_cache = False
-    return model, tokenizer
+    return model
 
 
 def load_data(options: AdapterArguments) -> tuple[Splits, dict[str, Splits]]:
-    """All examples together, and those of each task."""
+    """All examples together, and those of each task.
+
+    Raises:
+        ValueError: names the flag, the file or data set, and the reason.
+    """
+    if options.task:
+        folders = zip(options.task, map(Path, options.data), strict=True)
+        tasks = {name: read_task(name, folder, "train", "dev") for name, folder in folders}
+        return mixture(list(tasks.values())), tasks
     if options.train_file:
-        return read_jsonl(Path(options.train_file), Path(options.dev_file) if options.dev_file else None), {}
-    if options.dataset:
-        return _hub_data(options.dataset), {}
-    tasks = {name: TASKS[name].read(Path(folder)) for name, folder in zip(options.task, options.data, strict=True)}
-    return mixture(list(tasks.values())), tasks
+        source = f"--train_file {options.train_file}"
+        splits = read_jsonl(Path(options.train_file), Path(options.dev_file) if options.dev_file else None)
+    else:
+        source, splits = f"--dataset {options.dataset}", _hub_data(str(options.dataset))
+    if not splits.train:
+        raise ValueError(f"{source}: no example is left to train on, since dev has all the prompts; give further ones")
+    return splits, {}
 
 
 def _hub_data(name: str) -> Splits:
@@ -93,12 +93,26 @@ def _hub_data(name: str) -> Splits:
         from datasets import load_dataset
     except ImportError as error:
         raise ValueError(f"--dataset {name} needs the package datasets; pip install datasets") from error
+    try:
+        found = load_dataset(name)
+    # Of the package's own errors, those for a name that is unknown or ambiguous.
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--dataset {name}: cannot be loaded: {error}; give a data set's name on the Hub") from error
+    if not found.get("train"):
+        raise ValueError(f"--dataset {name}: holds no example in a split train, but {', '.join(found)}; give another")
     parts = {
-        split: [as_example(row, f"{name}, {split} row {number}") for number, row in enumerate(rows)]
-        for split, rows in load_dataset(name).items()
+        split: [as_example(row, f"--dataset {name}, {split} row {number}") for number, row in enumerate(rows)]
+        for split, rows in found.items()
     }
     dev = parts.get("validation") or parts.get("dev") or parts["train"][::10][:200]
     return Splits.without_overlap(parts["train"], dev, parts.get("test", []))
+
+
+def _encode(options: AdapterArguments, tokenizer: Any, examples: list[Example]) -> list[dict[str, list[int]]]:
+    pairs = encode(tokenizer, examples, options.template, options.max_length)
+    if not pairs:
+        raise ValueError(f"--max_length is {options.max_length}, and all {len(examples)} examples are longer; raise it")
+    return pairs
 
 
 def train(options: AdapterArguments, arguments: PromptTrainingArguments) -> dict[str, float]:
@@ -108,12 +122,18 @@ def train(options: AdapterArguments, arguments: PromptTrainingArguments) -> dict
         what the last evaluation found, of the best checkpoint
     """
     set_seed(arguments.seed)
-    base, tokenizer = load_base(options)
+    # Whatever can be refused is refused before the base model is loaded.
+    config, checkpoint = peft_config(options.method, cast(dict, options.peft)), _checkpoint(arguments)
+    _check_metrics(options, arguments)
     splits, tasks = load_data(options)
     splits.dev[:] = splits.dev[: options.dev_rows]
-    pairs, dev = (encode(tokenizer, part, options.template, options.max_length) for part in (splits.train, splits.dev))
+    check_fit(config, load_model_config(options.model))
+    tokenizer = load_tokenizer(options.model, options.template)
+    pairs, dev = (_encode(options, tokenizer, part) for part in (splits.train, splits.dev))
+    check_output_folder("--output_dir", Path(arguments.output_dir))
     arguments.batch_for(len(pairs))
-    model = get_peft_model(base, peft_config(options.method, cast(dict, options.peft)))
+    base = load_base(options)
+    model = get_peft_model(base, config)
     model.peft_config["default"].base_model_name_or_path = options.base_name or options.model
     model.print_trainable_parameters()
     trainer = PromptTrainer(
@@ -131,7 +151,7 @@ def train(options: AdapterArguments, arguments: PromptTrainingArguments) -> dict
         _check_fsdp(trainer)
     if options.standardize:
         _standardize(model, trainer, pairs)
-    trainer.train(resume_from_checkpoint=_checkpoint(arguments))
+    trainer.train(resume_from_checkpoint=checkpoint)
     metrics = trainer.evaluate()
     state = adapter_state(model, base.dtype)
     if trainer.is_world_process_zero():
@@ -166,14 +186,29 @@ def _standardize(model: PeftModel, trainer: PromptTrainer, pairs: list[dict[str,
     )
 
 
+def _check_metrics(options: AdapterArguments, arguments: PromptTrainingArguments) -> None:
+    """Refuse metrics that the first evaluation would not find, or not be able to compute."""
+    computed = options.task if options.metric_rows else []
+    for name in computed:
+        check_metric(name)
+    wanted = (arguments.metric_for_best_model or "").removeprefix("eval_")
+    if wanted in {"metric", *TASKS} and wanted not in {*computed, *(["metric"] if computed else [])}:
+        raise ValueError(
+            f"--metric_for_best_model is {arguments.metric_for_best_model}, but --task is "
+            f"{', '.join(options.task) or 'not given'} and --metric_rows {options.metric_rows}; give eval_loss"
+        )
+
+
 def _checkpoint(arguments: PromptTrainingArguments) -> str | None:
-    asked = arguments.resume_from_checkpoint
-    if asked not in ("true", "True", True):
-        return asked
-    found = get_last_checkpoint(arguments.output_dir)
-    if found is None:
-        raise ValueError(f"--resume_from_checkpoint: {arguments.output_dir} has no checkpoint; drop the flag")
-    return found
+    asked, folder = arguments.resume_from_checkpoint, arguments.output_dir
+    if asked in ("true", "True", True):
+        found = get_last_checkpoint(folder) if Path(folder).is_dir() else None
+        if found is None:
+            raise ValueError(f"--resume_from_checkpoint: {folder} has no checkpoint; drop the flag")
+        return found
+    if asked and not Path(asked).is_dir():
+        raise ValueError(f"--resume_from_checkpoint {asked}: no such folder; give a checkpoint's, or true for the last")
+    return asked
 
 
 def adapter_state(model: PeftModel, dtype: torch.dtype) -> dict[str, torch.Tensor]:
