@@ -15,7 +15,7 @@ STAMP := $(VENV)/.installed-$(DEVICE)
 SAY := @printf '\n==> %s\n'
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint
+.PHONY: help install demo test test-main test-triton lint
 .DELETE_ON_ERROR:
 
 help: ## Show this list
@@ -45,9 +45,15 @@ demo: install ## Start the real server, ask base model and adapters the same pro
 	$(SAY) 'Demo'
 	$(BIN)/python -m examples.demo
 
+# Both halves run, also where the first one fails.
 test: install ## Run all tests
+	@$(MAKE) --no-print-directory --keep-going --jobs=1 test-main test-triton
+
+test-main: install
 	$(SAY) 'Tests'
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-triton: install
 	$(SAY) "Tests of the kernels and of model runner V2, under Triton's interpreter"
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PYTEST_ARGS) -m triton || [ $$? -eq 5 ] # 5: PYTEST_ARGS left none
 

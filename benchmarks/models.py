@@ -60,6 +60,7 @@ SIZES: dict[str, dict[str, Any]] = {
     },
 }
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")
+CHAT_TEMPLATE = "<s>{% for message in messages %} {{ message['content'] }} </s>{% endfor %}"
 LORA_MODULES = {
     "self_attn.q_proj": ("hidden", "q"),
     "self_attn.k_proj": ("hidden", "k"),
@@ -82,12 +83,12 @@ def make_model(folder: Path, size: str) -> BaseModelShape:
     config.architectures = ["LlamaForCausalLM"]
     config.torch_dtype = "bfloat16"
     config.save_pretrained(folder)
-    _make_tokenizer(folder, sizes["vocab_size"])
+    make_tokenizer(folder, sizes["vocab_size"])
     return BaseModelShape.from_hf_config(config)
 
 
-def _make_tokenizer(folder: Path, vocab_size: int) -> None:
-    """A word per token id, parted by spaces."""
+def make_tokenizer(folder: Path, vocab_size: int) -> None:
+    """Write a tokenizer with one word per token id, separated by spaces, and with a chat template."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -97,7 +98,7 @@ def _make_tokenizer(folder: Path, vocab_size: int) -> None:
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=unknown))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token=unknown, bos_token=begin, eos_token=end
+        tokenizer_object=tokenizer, unk_token=unknown, bos_token=begin, eos_token=end, chat_template=CHAT_TEMPLATE
     ).save_pretrained(folder)
 
 

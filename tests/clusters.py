@@ -11,21 +11,28 @@ import httpx
 import psutil
 
 from testing.server import free_port
+from tests.questions import FRESH, REPLICA, TIMEOUT_S, Right, check, together
 
 APPLICATION = "parade"
 ADMIN = {"authorization": "Bearer secret"}
-START_TIMEOUT_S = 300
+START_TIMEOUT_S = 600
+# For what takes the cluster a second or two: a death is noticed, a router hears of a replica, a counter is exported.
+CHANGE_TIMEOUT_S = 120
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",
     "PARADE_ADMIN_KEY": "secret",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+    # With a worker of its own, each engine loads vLLM once more.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "INFO",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_NO_USAGE_STATS": "1",
     "OMP_NUM_THREADS": "1",
 }
+# Serve's controller and proxies get nearly a full share of a busy machine. Niceness 1 tells them from the processes of
+# the application, which sees to its own.
+CONTROLLER = {"runtime_env": {"env_vars": {"RAY_worker_niceness": "1"}}}
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,7 @@ class Cluster:
 
     def admin(self, method: str, route: str, body: dict[str, str] | None = None) -> httpx.Response:
         """What an administrator's route answers."""
-        return httpx.request(method, f"{self.url}/v1/{route}", json=body, headers=ADMIN, timeout=90)
+        return httpx.request(method, f"{self.url}/v1/{route}", json=body, headers=ADMIN, timeout=TIMEOUT_S)
 
     def load(self, name: str, path: str) -> httpx.Response:
         return self.admin("POST", "load_parade_adapter", {"parade_name": name, "parade_path": path})
@@ -70,9 +77,7 @@ class Cluster:
 
     def state(self) -> dict[str, Any]:
         """Adapters and replicas, as the coordinator has them."""
-        response = self.admin("GET", "parade_adapters")
-        assert response.status_code == 200, response.text
-        return response.json()
+        return self.admin("GET", "parade_adapters").raise_for_status().json()
 
     def names(self) -> set[str]:
         return {adapter["name"] for adapter in self.state()["adapters"]}
@@ -81,8 +86,20 @@ class Cluster:
         """Process ids of the replicas, by name."""
         return {replica["name"]: replica["pid"] for replica in self.state()["replicas"]}
 
+    def models_by_replica(self, replicas: set[str]) -> dict[str, set[str]]:
+        """Names that each of these replicas serves."""
+        found: dict[str, set[str]] = {}
+
+        def all_seen() -> bool:
+            response = httpx.get(f"{self.url}/v1/models", timeout=TIMEOUT_S)
+            found[response.headers[REPLICA]] = {card["id"] for card in response.json()["data"]}
+            return found.keys() >= replicas
+
+        wait_until(all_seen, START_TIMEOUT_S, "every replica has answered")
+        return found
+
     def metrics(self) -> str:
-        return httpx.get(self.metrics_url, timeout=30).text
+        return httpx.get(self.metrics_url, timeout=TIMEOUT_S).text
 
 
 def processes(title: str) -> list[psutil.Process]:
@@ -98,16 +115,28 @@ def processes(title: str) -> list[psutil.Process]:
 
 
 def wait_until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
-    """The condition's value as soon as it is true; errors of a cluster that is changing count as not yet."""
+    """The condition's value as soon as it is true; answers that a changing cluster does not give count as not yet."""
     end, last = time.monotonic() + seconds, None
     while time.monotonic() < end:
         try:
             if value := condition():
                 return value
-        except (AssertionError, httpx.HTTPError, KeyError, ValueError) as error:
+        except (httpx.HTTPError, KeyError, ValueError) as error:
             last = error
         time.sleep(0.2)
     raise AssertionError(f"not within {seconds} s: {what} ({last})")
+
+
+def wait_for_a_share(app: Cluster, new: str, right: dict[str, Right]) -> None:
+    """Wait until a new replica answers some of more requests than the others take while it has room."""
+
+    def answers_some() -> bool:
+        answers = together(app.url, [*FRESH, *FRESH])
+        check([*FRESH, *FRESH], answers, right)
+        return any(answer.replica == new for answer in answers)
+
+    # Each router hears of it in its own time.
+    wait_until(answers_some, CHANGE_TIMEOUT_S, "the new replica takes its share")
 
 
 @contextmanager
@@ -130,7 +159,7 @@ def cluster(replicas: int, **arguments: Any) -> Iterator[Cluster]:
             _metrics_export_port=metrics_port,
             _system_config={"metrics_report_interval_ms": 1000},
         )
-        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        serve.start(http_options={"host": "127.0.0.1", "port": port}, controller_options=CONTROLLER)
         app = Cluster(f"http://127.0.0.1:{port}", f"http://127.0.0.2:{metrics_port}/metrics", arguments)
         app.run(replicas)
         yield app

@@ -7,9 +7,13 @@ from pathlib import Path
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Before PyTorch is imported: OpenMP threads sleep while they wait for each other. Beside other busy processes, threads
+# that spin take the cores from those that they wait for, and an engine is ten times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from testing.oracle import Oracle
 from testing.random_models import make_adapter, make_tiny_model
@@ -21,6 +25,10 @@ from vllm_parade import ParadeRequest
 from vllm_parade.adapter import BaseModelShape
 
 ROOT = Path(__file__).parent.parent
+
+# Hypothesis' time limits, 0.2 s for an example, do not hold on a busy machine.
+settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("unhurried")
 
 if INTERPRETED:
     install()

@@ -3,9 +3,7 @@
 import os
 import subprocess
 
-from testing.server import VLLM
-
-TIMEOUT_S = 240
+from testing.server import START_TIMEOUT_S, VLLM
 
 
 def environment() -> dict[str, str]:
@@ -28,5 +26,5 @@ def run_to_the_end(*arguments: str) -> subprocess.CompletedProcess[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=TIMEOUT_S,
+        timeout=START_TIMEOUT_S,
     )

@@ -19,7 +19,9 @@ import vllm_parade.adapter
 from vllm_parade.adapter import AdapterConfig, AdapterError, load_adapter, load_config, parameter_count, save_adapter
 
 # A folder is written anew by each example, so that sharing it is harmless.
-shares_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
+shares_folder = settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=60
+)
 
 
 def assert_same(loaded, generators):

@@ -2,6 +2,7 @@
 """What an application is built from: what it refuses, and what its engines get."""
 
 import importlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,39 @@ def test_an_application_is_three_deployments() -> None:
     assert replicas._replica_config.placement_group_bundles == [{"CPU": 2}]
     # Two replicas fit on a machine of two cores.
     assert [one.ray_actor_options["num_cpus"] for one in (ingress, coordinator)] == [0, 0]
+
+
+NICE = {"RAY_worker_niceness": "0"}
+
+
+def runtime_envs(**options: Any) -> list[dict[str, Any]]:
+    """Of ingress, coordinator and replicas, where the replicas have these options."""
+    ingress = build_app(arguments(replica_options=options))._bound_deployment
+    replicas, coordinator = (bound._bound_deployment for bound in ingress.init_args[:2])
+    return [one.ray_actor_options["runtime_env"] for one in (ingress, coordinator, replicas)]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"env_vars": NICE}),
+        ({"env_vars": {"A": "1"}, "working_dir": "/x"}, {"env_vars": {**NICE, "A": "1"}, "working_dir": "/x"}),
+        ({"env_vars": {"RAY_worker_niceness": "5"}}, {"env_vars": {"RAY_worker_niceness": "5"}}),
+    ],
+)
+def test_no_process_of_the_application_has_the_low_priority_of_rays_workers(
+    given: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    assert runtime_envs(num_cpus=1, runtime_env=given) == [{"env_vars": NICE}, {"env_vars": NICE}, expected]
+
+
+def test_a_submitted_job_hands_its_runtime_environment_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Serve does it for deployments that have none of their own."""
+    job = {"working_dir": "gcs://x.zip", "env_vars": {"A": "1"}}
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({"runtime_env": job, "metadata": {}}))
+    inherited = {**job, "env_vars": {"A": "1", **NICE}}
+    assert runtime_envs(num_cpus=1) == [inherited] * 3
+    assert runtime_envs(runtime_env={"env_vars": {"B": "2"}})[2] == {"env_vars": {"B": "2", **NICE}}
 
 
 def test_the_examples_yaml_builds_as_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from testing.server import START_TIMEOUT_S
 from tests.servers import environment
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -19,7 +20,7 @@ def test_offline(smollm: str) -> None:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=START_TIMEOUT_S,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     answers = [line.strip() for line in done.stdout.splitlines() if line.startswith("  ")]

@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.adapters import make_adapter
+from testing.random_models import make_adapter
 from tests.commands import refusal
 from tests.engines import DEFAULTS
 from vllm_parade.adapter import BaseModelShape

@@ -66,10 +66,10 @@ def main() -> None:
     """The command."""
     with one_line_errors("train"):
         require_modules("accelerate", "aenum", "peft", "transformers", "yaml")
-        adapter, settings = parse(sys.argv[1:])
+        options, settings = parse(sys.argv[1:])
         from vllm_parade.train.trainer import train
 
-        train(adapter, settings)
+        train(options, settings)
 
 
 if __name__ == "__main__":

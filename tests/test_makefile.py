@@ -1,0 +1,48 @@
+"""`make test`: both halves run, and either of them makes it fail."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# Stands in for the virtual environment's Python: notes the half it runs as, and ends with that half's code.
+PYTHON = """#!/bin/sh
+echo "${TRITON_INTERPRET:-0} $*" >> "$CALLS"
+[ -z "$TRITON_INTERPRET" ] && exit "$MAIN_CODE"
+exit "$TRITON_CODE"
+"""
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize(
+    ("main", "triton", "green"),
+    [
+        (0, 0, True),
+        # pytest ends with 5 where it runs no test: the second half may be empty, all of it may not.
+        (0, 5, True),
+        (5, 5, False),
+        (1, 0, False),
+        (0, 1, False),
+        (1, 1, False),
+    ],
+)
+def test_both_halves_run_and_either_fails_the_target(tmp_path: Path, main: int, triton: int, green: bool) -> None:
+    python, stamp, calls = tmp_path / "python", tmp_path / "stamp", tmp_path / "calls"
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+    stamp.touch()
+    # Where these tests run under make themselves, its flags are not for this one.
+    environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "TRITON_INTERPRET")}
+    environment |= {"CALLS": str(calls), "MAIN_CODE": str(main), "TRITON_CODE": str(triton)}
+    done = subprocess.run(
+        ["make", "test", f"BIN={tmp_path}", f"STAMP={stamp}", "PYTEST_ARGS=-k this"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode == 0) == green, done.stdout + done.stderr
+    assert calls.read_text().splitlines() == ["0 -m pytest -k this", "1 -m pytest -k this -m triton"]
