@@ -41,6 +41,8 @@ class Oracle:
         torch.set_float32_matmul_precision("highest")
         torch.backends.cudnn.allow_tf32 = False
         self.device = device
+        self.effective: set[str] = set()
+        """Adapters that were seen to move log-probabilities, by path: asking once is enough."""
         self.base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval().to(device)
 
     def check(
@@ -62,10 +64,11 @@ class Oracle:
                 wanted = [logprobs(output) for output in mine]
             for output, (tokens, values) in zip(mine, wanted, strict=True):
                 self._compare(output, request, tokens, values, options)
-            if request is not None:
+            if request is not None and request.path not in self.effective:
                 with self.logprobs(None, **options) as logprobs:
                     plain = [logprobs(output)[1] for output in mine]
                 check_effect(request, torch.cat([values for _, values in wanted]), torch.cat(plain))
+                self.effective.add(request.path)
 
     def check_candidates(self, outputs: list[Any], requests: list[ParadeRequest | None], count: int) -> None:
         """Assert the `count` likeliest tokens of every step, and of the prompt's where they were asked for."""
@@ -74,10 +77,11 @@ class Oracle:
                 wanted = [logits(output).log_softmax(-1) for output in mine]
             for output, values in zip(mine, wanted, strict=True):
                 compare_candidates(output, values, count)
-            if request is not None:
+            if request is not None and request.path not in self.effective:
                 with self.logits(None) as logits:
                     plain = [logits(output).log_softmax(-1) for output in mine]
                 check_effect(request, torch.cat(wanted), torch.cat(plain))
+                self.effective.add(request.path)
 
     @contextmanager
     def logprobs(

@@ -1,6 +1,7 @@
 """What the tests share: the real small model, a tiny random one, adapters for them and the oracle."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before vLLM is imported: engine core and worker stay in this process, where tests can look at them.
@@ -15,9 +16,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from benchmarks.models import make_tokenizer
 from testing.oracle import Oracle
-from testing.random_models import make_adapter, make_tiny_model
+from testing.random_models import INNER, make_adapter, make_tiny_model
 from tests.adapters import VARIANTS
+from tests.engines import close_shared
 from tests.interpreter import INTERPRETED, install
 from tests.tasks import write_sst2
 from tools.base_model import base_model
@@ -44,6 +47,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="runs without Triton's interpreter"))
 
 
+def shape_of(model: str) -> BaseModelShape:
+    from transformers import AutoConfig
+
+    return BaseModelShape.from_hf_config(AutoConfig.from_pretrained(model))
+
+
 @pytest.fixture(scope="session")
 def smollm() -> str:
     """Folder of SmolLM2-135M-Instruct."""
@@ -62,9 +71,7 @@ def weightless(smollm: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def smollm_shape(smollm: str) -> BaseModelShape:
-    from transformers import AutoConfig
-
-    return BaseModelShape.from_hf_config(AutoConfig.from_pretrained(smollm))
+    return shape_of(smollm)
 
 
 @pytest.fixture(scope="session")
@@ -88,11 +95,55 @@ def variants(tmp_path_factory: pytest.TempPathFactory, smollm_shape: BaseModelSh
     }
 
 
-@pytest.fixture(scope="session", params=[2, 1], ids=["kv2", "kv1"])
-def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Folder of a random LLaMA of three layers whose heads can be split over two ranks; without a tokenizer."""
-    folder = tmp_path_factory.mktemp("tiny") / f"kv{request.param}"
-    make_tiny_model(folder, kv_heads=request.param)
+@pytest.fixture(scope="session", autouse=True)
+def engines() -> Iterator[None]:
+    """Shared engines end with the tests."""
+    yield
+    close_shared()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a random LLaMA of three layers whose heads can be split over two ranks, with a tokenizer of words."""
+    folder = tmp_path_factory.mktemp("tiny")
+    make_tiny_model(folder)
+    make_tokenizer(folder, 512)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_shape(tiny: str) -> BaseModelShape:
+    return shape_of(tiny)
+
+
+@pytest.fixture(scope="session")
+def tiny_oracle(tiny: str) -> Oracle:
+    return Oracle(tiny)
+
+
+@pytest.fixture(scope="session")
+def tiny_variants(tmp_path_factory: pytest.TempPathFactory, tiny_shape: BaseModelShape) -> dict[str, ParadeRequest]:
+    """Random strong adapters of every kind for the tiny model, by name."""
+    folder = tmp_path_factory.mktemp("tiny-variants")
+    kinds = {**VARIANTS, "some_layers": {**VARIANTS["some_layers"], "layers_to_transform": (0, 2)}}
+    return {
+        name: make_adapter(folder / name, tiny_shape, seed, **{"inner": INNER, **kind})
+        for seed, (name, kind) in enumerate(kinds.items())
+    }
+
+
+@pytest.fixture(scope="session")
+def small(smollm: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a random model of two layers with SmolLM2's tokenizer, for tests that train."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("small")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(smollm, **sizes, num_key_value_heads=2, head_dim=32, initializer_range=0.15)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(smollm).save_pretrained(folder)
+    (folder / "SOURCE.txt").write_text("model: made up for a test\nweights: random\n")
     return str(folder)
 
 

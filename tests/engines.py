@@ -2,12 +2,15 @@
 
 import gc
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import MappingProxyType
 from typing import Any
 
 import torch
 
+from vllm_parade import ParadeRequest
+
+Asked = tuple[list[dict[str, list[int]]], list[ParadeRequest | None]]
 DEFAULTS: dict[str, Any] = {
     "dtype": "float32",
     "enforce_eager": True,
@@ -29,9 +32,33 @@ def dict_of(value: Any) -> Any:
     return found if isinstance(found, (dict, MappingProxyType)) else {}
 
 
+class _Shared:
+    """The engine that several tests use, and what it was made of. One at a time lives in a process."""
+
+    made_of: Any = None
+    closing = ExitStack()
+    llm: Any = None
+
+
+def shared(model: str, **options: Any) -> Any:
+    """The engine of these options; tests that follow each other share it. Starting one is what takes long."""
+    if _Shared.made_of != (model, options):
+        close_shared()
+        _Shared.llm = _Shared.closing.enter_context(engine(model, **options))
+        _Shared.made_of = (model, options)
+    return _Shared.llm
+
+
+def close_shared() -> None:
+    """Take the shared engine down, if there is one."""
+    _Shared.closing.close()
+    _Shared.made_of = _Shared.llm = None
+
+
 @contextmanager
 def engine(model: str, **options: Any) -> Iterator[Any]:
     """An `LLM`; its engine core and worker live in this process, so that tests can look at them."""
+    close_shared()
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
     from vllm.triton_utils import dispatcher
@@ -62,6 +89,11 @@ def manager(llm: Any) -> Any:
     return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.parade
 
 
+def tiny_engine(model: str, **options: Any) -> Any:
+    """An `engine` of a model without a tokenizer, with PARADE."""
+    return engine(model, enable_parade=True, skip_tokenizer_init=True, **options)
+
+
 def prompts(lengths: list[int], seed: int = 0, vocab: int = 40_000) -> list[dict[str, list[int]]]:
     """Random prompts of these lengths, as token ids."""
     random = torch.Generator().manual_seed(seed)
@@ -74,6 +106,33 @@ def greedy(max_tokens: int = 8, *, logprobs: int = 1, **options: Any) -> Any:
     from vllm import SamplingParams
 
     return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, logprobs=logprobs, **options)
+
+
+def tiny_prompts(lengths: list[int], seed: int = 0) -> list[dict[str, list[int]]]:
+    """Random prompts for a model of `make_tiny_model`."""
+    return prompts(lengths, seed, vocab=512)
+
+
+def tiny_greedy(max_tokens: int = 8, **options: Any) -> Any:
+    """`greedy` for a model without a tokenizer."""
+    return greedy(max_tokens, detokenize=False, **options)
+
+
+def answered_twice(
+    llm: Any, asked: Asked, params: Any, *, block_size: int, cached: bool = True
+) -> tuple[list[Any], list[ParadeRequest | None]]:
+    """Answers of an engine that holds nothing, then of one that holds all vectors and blocks; and whose they are."""
+    assert llm.reset_prefix_cache()
+    rows, outputs = scheduler(llm).rows, []
+    for again in (False, True):
+        before = rows.misses
+        outputs += llm.generate(asked[0], params, parade_request=asked[1], use_tqdm=False)
+        read = len([request for request in asked[1] if request is not None])
+        assert rows.misses - before == (0 if again else read)
+        assert len(rows) == 0
+    found = [output.num_cached_tokens >= block_size for output in outputs]
+    assert found == [False] * len(asked[0]) + [cached] * len(asked[0])
+    return outputs, asked[1] * 2
 
 
 def record_steps(llm: Any, steps: list[dict[str, int]]) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from testing.oracle import Oracle
-from testing.random_models import INNER, make_adapter
+from testing.random_models import INNER, make_adapter, make_tiny_model
 from tests.engines import engine, greedy, prompts
 from tests.interpreter import INTERPRETED
 from vllm_parade import ParadeRequest
@@ -82,7 +82,6 @@ def check(model: str, lengths: list[int], tokens: int, adapters: list[ParadeRequ
     Oracle(model).check(outputs, requests)
 
 
-@pytest.mark.parametrize("tiny", [2], ids=["kv2"], indirect=True)
 def test_two_stages(tiny: str, adapters: list[ParadeRequest]) -> None:
     lengths = [1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 120, 100, 16, 17, 31, 32, 33, 64, 65, 1, 48, 47, 80, 7]
     # vLLM's CPU worker makes the buffers that a later stage receives into when it warms up: for compiled models only.
@@ -90,15 +89,15 @@ def test_two_stages(tiny: str, adapters: list[ParadeRequest]) -> None:
 
 
 @pytest.mark.triton
-@pytest.mark.parametrize("tiny", [2], ids=["kv2"], indirect=True)
 def test_two_stages_under_model_runner_v2(tiny: str, adapters: list[ParadeRequest]) -> None:
     check(tiny, [40, 50, 60, 30, 45, 55], 30, adapters, num_gpu_blocks_override=8)
 
 
-def test_two_ranks(tiny: str, tmp_path: Path) -> None:
-    from transformers import AutoConfig
-
-    shape = BaseModelShape.from_hf_config(AutoConfig.from_pretrained(tiny))
+@pytest.mark.parametrize("kv_heads", [2, 1])
+def test_two_ranks(tmp_path: Path, kv_heads: int) -> None:
+    """With one KV head, both ranks hold a copy of it."""
+    model = str(tmp_path / "model")
+    shape = make_tiny_model(tmp_path / "model", kv_heads=kv_heads)
     a = make_adapter(tmp_path / "a", shape, 1, inner=INNER)
     five = make_adapter(
         tmp_path / "five", shape, 2, inner=INNER, sites=("q", "k", "v", "gate", "up"), r=8, num_capsules=2
@@ -106,8 +105,8 @@ def test_two_ranks(tiny: str, tmp_path: Path) -> None:
     requests = [None, a, five] * 4
     lengths = [1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 120, 200]
     options = {"enable_parade": True, "parade_sites": ["q", "k", "v", "gate", "up"], "max_parades": 1}
-    with engine(tiny, tensor_parallel_size=2, skip_tokenizer_init=True, max_cpu_parades=4, **options) as llm:
+    with engine(model, tensor_parallel_size=2, skip_tokenizer_init=True, max_cpu_parades=4, **options) as llm:
         outputs = llm.generate(
             prompts(lengths, vocab=512), greedy(detokenize=False), parade_request=requests, use_tqdm=False
         )
-    Oracle(tiny).check(outputs, requests)
+    Oracle(model).check(outputs, requests)

@@ -6,29 +6,18 @@ from typing import Any
 import pytest
 
 from testing.oracle import Oracle
-from testing.random_models import INNER, make_adapter
-from tests.adapters import VARIANTS
 from tests.engines import engine, greedy, prompts, scheduler
 from vllm_parade import ParadeRequest
-from vllm_parade.adapter import SITES, BaseModelShape
+from vllm_parade.adapter import SITES
 
 pytestmark = [pytest.mark.engine, pytest.mark.triton]
 
-# The same kinds as for SmolLM2, on a model of three layers.
-KINDS = {**VARIANTS, "some_layers": {**VARIANTS["some_layers"], "layers_to_transform": (0, 2)}}
 OPTIONS = {"enable_parade": True, "parade_sites": SITES, "skip_tokenizer_init": True}
 
 
-@pytest.fixture(scope="module")
-def adapters(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> list[ParadeRequest]:
-    from transformers import AutoConfig
-
-    shape = BaseModelShape.from_hf_config(AutoConfig.from_pretrained(tiny))
-    folder = tmp_path_factory.mktemp("kinds")
-    return [
-        make_adapter(folder / name, shape, seed, **{"inner": INNER, **config})
-        for seed, (name, config) in enumerate(KINDS.items())
-    ]
+@pytest.fixture
+def adapters(tiny_variants: dict[str, ParadeRequest]) -> list[ParadeRequest]:
+    return list(tiny_variants.values())
 
 
 def runner(llm: Any) -> str:
@@ -38,7 +27,6 @@ def runner(llm: Any) -> str:
 
 
 @pytest.mark.parametrize("ops", ["kernels", "reference"])
-@pytest.mark.parametrize("tiny", [2], ids=["kv2"], indirect=True)
 def test_every_kind_of_adapter_in_one_batch(
     tiny: str, adapters: list[ParadeRequest], ops: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -54,7 +42,6 @@ def test_every_kind_of_adapter_in_one_batch(
     Oracle(tiny).check(outputs, requests)
 
 
-@pytest.mark.parametrize("tiny", [2], ids=["kv2"], indirect=True)
 def test_equal_requests_share_rows_and_blocks(tiny: str, adapters: list[ParadeRequest]) -> None:
     """Within one step and afterwards, beside other adapters with the same prompt."""
     a, b = adapters[0], adapters[3]
@@ -71,7 +58,6 @@ def test_equal_requests_share_rows_and_blocks(tiny: str, adapters: list[ParadeRe
         assert (rows.hits, rows.misses) == (8, 2)
 
 
-@pytest.mark.parametrize("tiny", [2], ids=["kv2"], indirect=True)
 def test_preempted_requests_come_again_as_new_ones(tiny: str, adapters: list[ParadeRequest]) -> None:
     requests = [adapters[0], None, adapters[3], adapters[0], adapters[1], None]
     tight = {"num_gpu_blocks_override": 8, "block_size": 32, "max_num_batched_tokens": 64, "max_num_seqs": 8}

@@ -5,36 +5,37 @@ from typing import Any
 import pytest
 
 from testing.oracle import Oracle
-from tests.engines import engine, greedy, prompts, record_steps, scheduler
+from tests.engines import answered_twice, record_steps, scheduler, tiny_engine, tiny_greedy, tiny_prompts
 from vllm_parade import ParadeRequest
 
 pytestmark = pytest.mark.engine
 
 
 def test_base_prompts_in_chunks_beside_whole_instructions(
-    smollm: str, oracle: Oracle, variants: dict[str, ParadeRequest]
+    tiny: str, tiny_oracle: Oracle, tiny_variants: dict[str, ParadeRequest]
 ) -> None:
     lengths = [300, 128, 90, 128, 200, 40, 5, 128]
-    a, b = variants["strong"], variants["rank8"]
+    a, b = tiny_variants["strong"], tiny_variants["rank8"]
     requests = [None, a, b, b, None, a, b, a]
     steps: list[dict[str, int]] = []
-    with engine(smollm, enable_parade=True, max_num_batched_tokens=128, max_num_seqs=8) as llm:
+    with tiny_engine(tiny, max_num_batched_tokens=128, max_num_seqs=8) as llm:
         record_steps(llm, steps)
-        outputs = llm.generate(prompts(lengths), greedy(), parade_request=requests, use_tqdm=False)
-    oracle.check(outputs, requests)
+        outputs = llm.generate(tiny_prompts(lengths), tiny_greedy(), parade_request=requests, use_tqdm=False)
+    tiny_oracle.check(outputs, requests)
     # The base model's prompt of 300 tokens was cut, PARADE's prompts of 128 were not.
     assert max(step.get("0", 0) for step in steps) < 300
     for number in (1, 3, 7):
         assert next(step[str(number)] for step in steps if str(number) in step) == 128
 
 
-def test_preempted_requests_resume_exactly(smollm: str, oracle: Oracle, variants: dict[str, ParadeRequest]) -> None:
-    a, b = variants["strong"], variants["routing"]
+def test_preempted_requests_resume_exactly(
+    tiny: str, tiny_oracle: Oracle, tiny_variants: dict[str, ParadeRequest]
+) -> None:
+    a, b = tiny_variants["strong"], tiny_variants["routing"]
     requests = [a, None, b, a, b, None, a, b]
     preempted: list[str] = []
-    with engine(
-        smollm,
-        enable_parade=True,
+    with tiny_engine(
+        tiny,
         num_gpu_blocks_override=12,
         block_size=32,
         max_num_batched_tokens=64,
@@ -43,34 +44,34 @@ def test_preempted_requests_resume_exactly(smollm: str, oracle: Oracle, variants
     ) as llm:
         record_preemptions(llm, preempted)
         outputs = llm.generate(
-            prompts([40, 50, 60, 30, 45, 55, 35, 48]), greedy(40), parade_request=requests, use_tqdm=False
+            tiny_prompts([40, 50, 60, 30, 45, 55, 35, 48]), tiny_greedy(40), parade_request=requests, use_tqdm=False
         )
         assert len(scheduler(llm).rows) == 0
     assert len(preempted) > 0
     assert any(requests[int(number)] is not None for number in preempted)
-    oracle.check(outputs, requests)
+    tiny_oracle.check(outputs, requests)
 
 
-def test_urgent_requests_overtake(smollm: str, oracle: Oracle, variants: dict[str, ParadeRequest]) -> None:
+def test_urgent_requests_overtake(tiny: str, tiny_oracle: Oracle, tiny_variants: dict[str, ParadeRequest]) -> None:
     """Less urgent ones wait, and where blocks run short they are preempted, even those that came first."""
-    a, b = variants["strong"], variants["routing"]
-    asked, requests, priorities = prompts([40, 50, 45, 55, 35, 48]), [a, None, b, a, b, None], [2, 2, 1, 0, 0, 1]
+    a, b = tiny_variants["strong"], tiny_variants["routing"]
+    asked, requests, priorities = tiny_prompts([40, 50, 45, 55, 35, 48]), [a, None, b, a, b, None], [2, 2, 1, 0, 0, 1]
     steps: list[dict[str, int]] = []
     preempted: list[str] = []
     tight = {"num_gpu_blocks_override": 6, "block_size": 32, "max_num_batched_tokens": 64, "max_model_len": 128}
     # No row to spare: whoever is preempted gives its own to the one that overtakes.
     few = {"max_num_seqs": 2, "parade_vector_cache": 0}
-    with engine(smollm, enable_parade=True, scheduling_policy="priority", **few, **tight) as llm:
+    with tiny_engine(tiny, scheduling_policy="priority", **few, **tight) as llm:
         record_steps(llm, steps)
         record_preemptions(llm, preempted)
         for part in (slice(2), slice(2, 6)):
             given = {"parade_request": requests[part], "priority": priorities[part], "use_tqdm": False}
-            llm.enqueue(asked[part], greedy(40), **given)
+            llm.enqueue(asked[part], tiny_greedy(40), **given)
             for _ in range(4):
                 llm.llm_engine.step()
         outputs = llm.wait_for_completion(use_tqdm=False)
         assert len(scheduler(llm).rows) == 0
-    oracle.check(outputs, requests)
+    tiny_oracle.check(outputs, requests)
     order = list(dict.fromkeys(name for step in steps for name in step))
     assert [priorities[int(name)] for name in order] == [2, 2, 0, 0, 1, 1]
     assert "0" in preempted
@@ -78,32 +79,54 @@ def test_urgent_requests_overtake(smollm: str, oracle: Oracle, variants: dict[st
 
 
 def test_reset_of_the_prefix_cache_generates_anew(
-    smollm: str, oracle: Oracle, variants: dict[str, ParadeRequest]
+    tiny: str, tiny_oracle: Oracle, tiny_variants: dict[str, ParadeRequest]
 ) -> None:
-    requests = [variants["strong"], None, variants["last"]]
-    with engine(smollm, enable_parade=True) as llm:
-        llm.enqueue(prompts([30, 20, 10]), greedy(12), parade_request=requests, use_tqdm=False)
+    requests = [tiny_variants["strong"], None, tiny_variants["last"]]
+    with tiny_engine(tiny) as llm:
+        llm.enqueue(tiny_prompts([30, 20, 10]), tiny_greedy(12), parade_request=requests, use_tqdm=False)
         for _ in range(4):
             llm.llm_engine.step()
         assert len(scheduler(llm).rows) == 2
         assert llm.reset_prefix_cache(reset_running_requests=True)
         assert len(scheduler(llm).rows) == 0
         outputs = llm.wait_for_completion(use_tqdm=False)
-    oracle.check(outputs, requests)
+    tiny_oracle.check(outputs, requests)
 
 
-def test_compiled(smollm: str, oracle: Oracle, variants: dict[str, ParadeRequest]) -> None:
-    kinds = [None, variants["strong"], variants["rank8"], variants["last"]]
+def test_compiled(tiny: str, tiny_oracle: Oracle, tiny_variants: dict[str, ParadeRequest]) -> None:
+    kinds = [None, tiny_variants["strong"], tiny_variants["rank8"], tiny_variants["last"]]
     requests = kinds * 3
-    with engine(smollm, enable_parade=True, enforce_eager=False) as llm:
+    with tiny_engine(tiny, enforce_eager=False) as llm:
         assert llm.llm_engine.vllm_config.compilation_config.mode > 0
         outputs = llm.generate(
-            prompts([1, 3, 9, 17, 33, 40, 64, 80, 100, 128, 200, 256]),
-            greedy(),
+            tiny_prompts([1, 3, 9, 17, 33, 40, 64, 80, 100, 128, 200, 256]),
+            tiny_greedy(),
             parade_request=requests,
             use_tqdm=False,
         )
-    oracle.check(outputs, requests)
+    tiny_oracle.check(outputs, requests)
+
+
+def test_candidates_of_prompts_in_chunks(
+    tiny: str, tiny_oracle: Oracle, tiny_variants: dict[str, ParadeRequest]
+) -> None:
+    """A prompt is computed anew whatever is cached: whole where its vectors are to be made, else in chunks."""
+    strong, step_tokens, block = tiny_variants["strong"], 256, 32
+    part = ParadeRequest("part", strong.path, instruction_tokens=20)
+    asked = tiny_prompts([150, 120, 150, 90], seed=60), [part, strong, None, tiny_variants["rank8"]]
+    params = tiny_greedy(4, logprobs=2, prompt_logprobs=2)
+    steps: list[dict[str, int]] = []
+    with tiny_engine(tiny, block_size=block, max_num_seqs=8, max_num_batched_tokens=step_tokens) as llm:
+        outputs, requests = answered_twice(llm, asked, params, block_size=block, cached=False)
+        # After requests that were not asked for them, too.
+        answered_twice(llm, asked, tiny_greedy(4), block_size=block)
+        record_steps(llm, steps)
+        outputs += llm.generate(asked[0], params, parade_request=asked[1], use_tqdm=False)
+    tiny_oracle.check_candidates(outputs, requests + asked[1], 2)
+    assert [output.num_cached_tokens for output in outputs[-4:]] == [0] * 4
+    # Two steps, of at most 256 tokens, read the four prompts: the second one was cut.
+    second = [step[name] for step in steps for name in step if name.split("-")[0] == outputs[-3].request_id]
+    assert second == [step_tokens - 150, 120 + 150 - step_tokens, 1, 1, 1]
 
 
 def record_preemptions(llm: Any, preempted: list[str]) -> None:

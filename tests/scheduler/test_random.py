@@ -8,7 +8,8 @@ what it would have computed alone.
 
 from collections import deque
 
-from hypothesis import HealthCheck, given, settings
+import pytest
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.scheduler.conftest import BLOCK
@@ -116,18 +117,20 @@ class Simulation:
             assert self.cache[place] == entry, f"{name} reads {self.cache[place]} at {position}, not {entry}"
 
 
-@settings(
-    max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
-@given(sizes=SIZES, depth=DEPTH, events=SCENARIO)
-def test_nobody_reads_what_is_anothers(make_engine, sizes, depth, events):
-    simulation = Simulation(make_engine(**sizes, **depth))
-    for event, *arguments in events:
-        getattr(simulation, event)(*arguments)
-    # In the end everybody is served: nothing is stuck. With one seat, a token comes once the stages are through.
-    for _ in range(400 * depth["stages"]):
-        if not simulation.scheduler.requests:
-            break
-        simulation.step()
-    assert not simulation.scheduler.requests
-    assert len(simulation.scheduler.rows) == 0
+@pytest.mark.parametrize("examples", [100, pytest.param(1000, marks=pytest.mark.nightly)])
+def test_nobody_reads_what_is_anothers(make_engine, examples):
+    @settings(max_examples=examples)
+    @given(sizes=SIZES, depth=DEPTH, events=SCENARIO)
+    def run(sizes, depth, events):
+        simulation = Simulation(make_engine(**sizes, **depth))
+        for event, *arguments in events:
+            getattr(simulation, event)(*arguments)
+        # In the end everybody is served: nothing is stuck. With one seat, a token comes once the stages are through.
+        for _ in range(400 * depth["stages"]):
+            if not simulation.scheduler.requests:
+                break
+            simulation.step()
+        assert not simulation.scheduler.requests
+        assert len(simulation.scheduler.rows) == 0
+
+    run()

@@ -14,9 +14,9 @@ from unittest.mock import Mock
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from testing.random_models import make_adapter
+from testing.random_models import INNER, make_adapter
 from tests.commands import refusal
 from tests.engines import DEFAULTS
 from vllm_parade.adapter import BaseModelShape
@@ -29,8 +29,10 @@ ADAPTER = Path(__file__).parents[2] / "examples/adapters/sst2"
 
 @pytest.mark.engine
 @pytest.mark.slow
-def test_scores_are_those_of_the_reference(smollm: str, sst2: Path, tmp_path: Path) -> None:
-    flags = ["--model", smollm, "--task", "sst2", "--data", str(sst2), "--split", "dev", "--adapter", f"mine={ADAPTER}"]
+def test_scores_are_those_of_the_reference(small: str, sst2: Path, tmp_path: Path) -> None:
+    shape = BaseModelShape.from_hf_config(AutoConfig.from_pretrained(small))
+    adapter = make_adapter(tmp_path / "mine", shape, 0, inner=INNER).path
+    flags = ["--model", small, "--task", "sst2", "--data", str(sst2), "--split", "dev", "--adapter", f"mine={adapter}"]
     engine = json.dumps(DEFAULTS)
     command = [sys.executable, "-m", "vllm_parade.evaluate", *flags, "--engine", engine]
     done = subprocess.run(
@@ -39,10 +41,10 @@ def test_scores_are_those_of_the_reference(smollm: str, sst2: Path, tmp_path: Pa
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "scores.json").read_text())
     examples = TASKS["sst2"].read(sst2).dev
-    tokenizer = AutoTokenizer.from_pretrained(smollm)
-    base = AutoModelForCausalLM.from_pretrained(smollm, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(small)
+    base = AutoModelForCausalLM.from_pretrained(small, dtype=torch.float32)
     wanted = {"base model": score(TASKS["sst2"], base, tokenizer, examples, "chat")}
-    wanted["mine"] = score(TASKS["sst2"], PeftModel.from_pretrained(base, ADAPTER), tokenizer, examples, "chat")
+    wanted["mine"] = score(TASKS["sst2"], PeftModel.from_pretrained(base, adapter), tokenizer, examples, "chat")
     assert found["scores"] == wanted
     assert f"| mine | {wanted['mine']:.1f} |" in done.stdout
     assert len(found["answers"]["mine"]) == len(examples)

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from peft import PeftModel, get_peft_model
 from torch.distributed.fsdp import fully_shard
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from tests.engines import engine, greedy, prompts
 from tests.tuner.models import make
@@ -45,39 +45,43 @@ def history(output: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def adapter(smollm: str, sst2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("trained") / "adapter"
-    run(
-        smollm,
-        sst2,
-        output,
-        "--max_steps",
-        str(STEPS),
-        "--eval_steps",
-        "10",
-        "--save_steps",
-        "10",
-        "--base_name",
-        "base",
-    )
+def adapter(small: str, sst2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained(small, sst2, tmp_path_factory.mktemp("trained") / "adapter")
+
+
+def trained(model: str, data: Path, output: Path) -> Path:
+    every = ["--eval_steps", "10", "--save_steps", "10"]
+    run(model, data, output, "--max_steps", str(STEPS), *every, "--base_name", "base")
     return output
 
 
 @pytest.mark.slow
-def test_thirty_steps_lower_the_dev_loss(adapter: Path) -> None:
+def test_thirty_steps_lower_the_dev_loss_of_a_random_model(adapter: Path) -> None:
     losses = [entry["eval_loss"] for entry in history(adapter) if "eval_loss" in entry]
     assert len(losses) >= 4
+    # It has all words of SmolLM2's vocabulary to choose from, and two layers to do it with.
+    assert min(losses[1:]) < losses[0] - 1
+
+
+@pytest.mark.nightly
+def test_thirty_steps_lower_the_dev_loss(smollm: str, sst2: Path, tmp_path: Path) -> None:
+    entries = history(trained(smollm, sst2, tmp_path / "adapter"))
+    losses = [entry["eval_loss"] for entry in entries if "eval_loss" in entry]
     assert min(losses[1:]) < losses[0] / 4
-    scores = [entry["eval_sst2"] for entry in history(adapter) if "eval_sst2" in entry]
+    scores = [entry["eval_sst2"] for entry in entries if "eval_sst2" in entry]
     assert scores[-1] >= scores[0]
 
 
+@pytest.mark.parametrize(("model", "share"), [("small", 0.97), pytest.param("smollm", 0.5, marks=pytest.mark.nightly)])
 @pytest.mark.slow
-def test_standardized_training_lowers_it_too(smollm: str, sst2: Path, tmp_path: Path) -> None:
+def test_standardized_training_lowers_it_too(
+    request: pytest.FixtureRequest, model: str, share: float, sst2: Path, tmp_path: Path
+) -> None:
     flags = ["--standardize", "true", "--bias_lr_ratio", "10", "--learning_rate", "1e-3", "--metric_rows", "0"]
-    run(smollm, sst2, tmp_path / "adapter", *flags, "--max_steps", "6", "--eval_steps", "6", "--save_steps", "6")
+    steps = ["--max_steps", "6", "--eval_steps", "6", "--save_steps", "6"]
+    run(request.getfixturevalue(model), sst2, tmp_path / "adapter", *flags, *steps)
     losses = [entry["eval_loss"] for entry in history(tmp_path / "adapter") if "eval_loss" in entry]
-    assert losses[-1] < losses[0] / 2
+    assert losses[-1] < losses[0] * share
     assert "| standardize | True |\n| bias_lr_ratio | 10 |" in (tmp_path / "adapter" / "README.md").read_text()
 
 
@@ -102,7 +106,7 @@ def test_card_and_config(adapter: Path) -> None:
     assert "base_model: base\n" in card
     assert "# A PARADE adapter for sst2\n" in card
     assert "| lr_scheduler_type | linear |" in card
-    assert "- weights: 4-bit" in card
+    assert "- weights: random" in card
     assert "| eval_sst2 |" in card
     assert "- data set: made up for a test" in card
     assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == "base"
@@ -110,11 +114,11 @@ def test_card_and_config(adapter: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.engine
-def test_served_it_answers_as_in_peft(smollm: str, adapter: Path) -> None:
+def test_served_it_answers_as_in_peft(small: str, adapter: Path) -> None:
     asked = prompts([20, 33, 64], seed=31)
-    with engine(smollm, enable_parade=True) as llm:
+    with engine(small, enable_parade=True) as llm:
         served = llm.generate(asked, greedy(), parade_request=ParadeRequest("mine", str(adapter)), use_tqdm=False)
-    model: Any = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(smollm, dtype=torch.float32), adapter)
+    model: Any = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(small, dtype=torch.float32), adapter)
     for question, output in zip(asked, served, strict=True):
         answer = list(output.outputs[0].token_ids)
         ids = torch.tensor([question["prompt_token_ids"]])
@@ -124,26 +128,22 @@ def test_served_it_answers_as_in_peft(smollm: str, adapter: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "ia3"])
-def test_the_same_command_trains_what_is_compared(method: str, smollm: str, sst2: Path, tmp_path: Path) -> None:
+def test_the_same_command_trains_what_is_compared(method: str, small: str, sst2: Path, tmp_path: Path) -> None:
     flags = ["--max_steps", "2", "--eval_steps", "2", "--save_steps", "2", "--metric_rows", "0"]
     # Packed and padded batches learn alike; one method each is enough here.
-    run(smollm, sst2, tmp_path / "adapter", "--method", method, *flags, *(["--packed"] if method == "ia3" else []))
+    run(small, sst2, tmp_path / "adapter", "--method", method, *flags, *(["--packed"] if method == "ia3" else []))
     assert safetensors.torch.load_file(tmp_path / "adapter" / "adapter_model.safetensors")
 
 
 @pytest.mark.slow
-def test_two_processes_train_the_adapter_of_one(smollm: str, sst2: Path, tmp_path: Path) -> None:
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    small = AutoConfig.from_pretrained(smollm, **sizes, num_key_value_heads=2, head_dim=16)
-    AutoModelForCausalLM.from_config(small).save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained(smollm).save_pretrained(tmp_path)
+def test_two_processes_train_the_adapter_of_one(small: str, sst2: Path, tmp_path: Path) -> None:
     flags = ["--max_steps", "3", "--eval_steps", "3", "--save_steps", "3", "--metric_rows", "0", "--use_cpu", "true"]
     flags += ["--train_sampling_strategy", "sequential", "--dev_rows", "4"]
     found = []
     for processes in (1, 2):
         output = tmp_path / str(processes)
         size = str(4 // processes)
-        run(str(tmp_path), sst2, output, *flags, "--per_device_train_batch_size", size, processes=processes)
+        run(small, sst2, output, *flags, "--per_device_train_batch_size", size, processes=processes)
         found.append(safetensors.torch.load_file(output / "adapter_model.safetensors"))
     one, two = found
     assert one.keys() == two.keys()
@@ -203,7 +203,7 @@ def test_what_needs_whole_weights_is_refused_under_fsdp(flags: dict[str, Any], v
 
 
 @pytest.mark.slow
-def test_training_that_was_cut_off_resumes(smollm: str, sst2: Path, tmp_path: Path) -> None:
+def test_training_that_was_cut_off_resumes(small: str, sst2: Path, tmp_path: Path) -> None:
     """From its last checkpoint, to the very same adapter."""
     output, results = tmp_path / "adapter", []
     flags = [
@@ -219,7 +219,7 @@ def test_training_that_was_cut_off_resumes(smollm: str, sst2: Path, tmp_path: Pa
         "0",
     ]
     for resume in ([], ["--resume_from_checkpoint", "true"]):
-        run(smollm, sst2, output, *flags, *resume)
+        run(small, sst2, output, *flags, *resume)
         results.append(safetensors.torch.load_file(output / "adapter_model.safetensors"))
         shutil.rmtree(output / "checkpoint-6")
     first, second = results

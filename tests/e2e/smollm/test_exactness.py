@@ -1,6 +1,5 @@
 """vLLM gives what the float32 oracle gives, whatever shares the batch."""
 
-from collections.abc import Iterator
 from itertools import cycle
 from typing import Any
 
@@ -8,7 +7,7 @@ import pytest
 
 from testing.oracle import Oracle
 from testing.random_models import make_adapter
-from tests.engines import engine, greedy, manager, prompts
+from tests.engines import greedy, manager, prompts
 from vllm_parade import ParadeRequest
 from vllm_parade.adapter import SITES, BaseModelShape
 
@@ -17,12 +16,6 @@ pytestmark = pytest.mark.engine
 LENGTHS = [1, 2, 3, 5, 8, 13, 15, 16, 17, 21, 31, 32, 33, 34, 47, 48, 49, 55, 63, 64, 65, 77, 89, 100]
 LONG = [111, 127, 128, 129, 144, 150, 160, 175, 191, 192, 200, 233, 255, 256, 257, 280, 300, 333, 377, 400, 512, 513]
 ALL = [*LENGTHS, *LONG, 610, 700]
-
-
-@pytest.fixture(scope="module")
-def llm(smollm: str) -> Iterator[Any]:
-    with engine(smollm, enable_parade=True, parade_sites=SITES, max_parades=4, max_cpu_parades=96) as llm:
-        yield llm
 
 
 def shuffled(values: list[Any]) -> list[Any]:
@@ -74,7 +67,7 @@ def test_sixty_four_adapters_through_few_slots(
     requests = [make_adapter(folder / f"t{i}", smollm_shape, 100 + i, layers_to_transform=layers) for i in range(64)]
     outputs = llm.generate(prompts([20] * 64, seed=3), greedy(4), parade_request=requests, use_tqdm=False)
     oracle.check(outputs, requests)
-    assert len(manager(llm).slots.device) == 4
+    assert len(manager(llm).slots.contents) == 4
     assert len(manager(llm).slots.host) >= 64
     # Back in another order: their slots were taken in between.
     again = requests[::-7]

@@ -2,7 +2,6 @@
 """Whatever a request asks for besides its adapter: answered rightly, the first time and out of the caches."""
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,14 +10,13 @@ from vllm.sampling_params import StructuredOutputsParams
 
 from testing.oracle import Oracle, Rule
 from tests import rules
-from tests.engines import engine, greedy, prompts, record_steps, scheduler
+from tests.engines import Asked, answered_twice, greedy
 from vllm_parade import ParadeRequest
 from vllm_parade.train.templates import SST2_ANSWERS, e2e_prompt, sst2_prompt
 
 pytestmark = pytest.mark.engine
 
 BLOCK = 32
-STEP_TOKENS = 256
 FREE = 16
 SENTIMENT = {"type": "object", "properties": {"sentiment": {"enum": list(SST2_ANSWERS)}}, "required": ["sentiment"]}
 REVIEW = {
@@ -27,16 +25,6 @@ REVIEW = {
     "required": ["name", "stars"],
     "additionalProperties": False,
 }
-
-Asked = tuple[list[dict[str, list[int]]], list[ParadeRequest | None]]
-
-
-@pytest.fixture(scope="module")
-def llm(smollm: str) -> Iterator[Any]:
-    grammars = {"backend": "xgrammar", "disable_any_whitespace": True}
-    options = {"block_size": BLOCK, "max_num_seqs": 8, "max_num_batched_tokens": STEP_TOKENS}
-    with engine(smollm, enable_parade=True, structured_outputs_config=grammars, **options) as llm:
-        yield llm
 
 
 @pytest.fixture(scope="module")
@@ -63,19 +51,8 @@ def free(llm: Any, oracle: Oracle, asked: Asked) -> list[list[int]]:
     return tokens(outputs)[: len(outputs) // 2]
 
 
-def twice(llm: Any, asked: Asked, params: Any, cached: bool = True) -> tuple[list[Any], list[ParadeRequest | None]]:
-    """Answers of an engine that holds nothing, then of one that holds all vectors and blocks; and whose they are."""
-    assert llm.reset_prefix_cache()
-    rows, outputs = scheduler(llm).rows, []
-    for again in (False, True):
-        before = rows.misses
-        outputs += llm.generate(asked[0], params, parade_request=asked[1], use_tqdm=False)
-        read = len([request for request in asked[1] if request is not None])
-        assert rows.misses - before == (0 if again else read)
-        assert len(rows) == 0
-    found = [output.num_cached_tokens >= BLOCK for output in outputs]
-    assert found == [False] * len(asked[0]) + [cached] * len(asked[0])
-    return outputs, asked[1] * 2
+def twice(llm: Any, asked: Asked, params: Any) -> tuple[list[Any], list[ParadeRequest | None]]:
+    return answered_twice(llm, asked, params, block_size=BLOCK)
 
 
 def tokens(outputs: list[Any]) -> list[list[int]]:
@@ -88,28 +65,6 @@ def text(decode: Any, answer: list[int]) -> str:
 
 def test_candidates_of_every_step(llm: Any, oracle: Oracle, asked: Asked) -> None:
     oracle.check_candidates(*twice(llm, asked, greedy(logprobs=5)), 5)
-
-
-def test_candidates_of_prompts(
-    llm: Any, oracle: Oracle, variants: dict[str, ParadeRequest], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A prompt is computed anew whatever is cached: whole where its vectors are to be made, else in chunks."""
-    strong = variants["strong"]
-    part = ParadeRequest("part", strong.path, instruction_tokens=20)
-    asked = prompts([150, 120, 150, 90], seed=60), [part, strong, None, variants["rank8"]]
-    params = greedy(4, logprobs=2, prompt_logprobs=2)
-    outputs, requests = twice(llm, asked, params, cached=False)
-    # After requests that were not asked for them, too.
-    twice(llm, asked, greedy(4))
-    steps: list[dict[str, int]] = []
-    monkeypatch.setattr(scheduler(llm), "schedule", scheduler(llm).schedule)
-    record_steps(llm, steps)
-    outputs += llm.generate(asked[0], params, parade_request=asked[1], use_tqdm=False)
-    oracle.check_candidates(outputs, requests + asked[1], 2)
-    assert [output.num_cached_tokens for output in outputs[-4:]] == [0] * 4
-    # Two steps, of at most 256 tokens, read the four prompts: the second one was cut.
-    second = [step[name] for step in steps for name in step if name.split("-")[0] == outputs[-3].request_id]
-    assert second == [STEP_TOKENS - 150, 120 + 150 - STEP_TOKENS, 1, 1, 1]
 
 
 def cases(llm: Any) -> dict[str, tuple[dict[str, Any], Rule]]:
