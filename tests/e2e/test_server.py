@@ -16,10 +16,11 @@ import openai
 import pytest
 import torch
 from peft import PeftModel
+from transformers import AutoTokenizer
 
 from testing.oracle import TOLERANCE, Oracle, beams
 from testing.server import server
-from tests import servers
+from tests import rules, servers
 from tests.engines import prompts
 from vllm_parade import ParadeRequest
 from vllm_parade.train.templates import e2e_prompt, sst2_prompt
@@ -120,6 +121,21 @@ def test_adapters_and_the_base_model_together(url: str, oracle: Oracle, adapters
     assert [answer.model for answer in answers] == [one["model"] for one in asked]
     requests = [adapters.get(one["model"]) for one in asked]
     oracle.check([completion_output(answer.choices[0]) for answer in answers], requests)
+
+
+def test_answers_under_a_grammar_beside_free_ones(
+    url: str, smollm: str, oracle: Oracle, adapters: dict[str, ParadeRequest]
+) -> None:
+    choices = ["positive", "negative", "It is neither"]
+    rule = rules.one_of(choices, AutoTokenizer.from_pretrained(smollm))
+    models, asked = [BASE, "sst2", "last"], [prompt["prompt_token_ids"] for prompt in prompts([40, 70, 33], seed=72)]
+    grammar: dict[str, Any] = {"structured_outputs": {"choice": choices}, "ignore_eos": False}
+    pairs = list(zip(models, asked, strict=True))
+    ruled = [question(model, prompt, max_tokens=24, **grammar) for model, prompt in pairs]
+    answers = ask_together(url, *ruled, *(question(model, prompt) for model, prompt in pairs))
+    outputs, requests = [completion_output(answer.choices[0]) for answer in answers], [adapters.get(m) for m in models]
+    oracle.check(outputs[:3], requests, rule, grammar=True)
+    oracle.check(outputs[3:], requests)
 
 
 def test_one_prompt_under_three_names(client: openai.OpenAI, oracle: Oracle, trained: dict[str, ParadeRequest]) -> None:
