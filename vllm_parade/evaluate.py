@@ -27,7 +27,7 @@ from vllm_parade.train.tasks import TASKS, Example, Task, check_metric, read_tas
 from vllm_parade.train.templates import TEMPLATES
 
 BASE = "base model"
-# Ranks for which vLLM can make room.
+# Values that vLLM accepts as max_lora_rank.
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
@@ -76,7 +76,7 @@ def _options(text: str) -> dict[str, Any]:
 
 
 def _settings(path: str) -> dict[str, Any]:
-    """An adapter's adapter_config.json, of whatever kind."""
+    """Read adapter_config.json of an adapter of any kind."""
     file = Path(path) / "adapter_config.json"
     with naming("--adapter"):
         try:
@@ -110,7 +110,7 @@ def adapter_kind(adapters: Sequence[tuple[str, str]]) -> str:
 
 
 def check_adapters(adapters: Sequence[tuple[str, str]]) -> None:
-    """Refuse adapters that vLLM would refuse when it has loaded the base model.
+    """Refuse adapters that vLLM would refuse after loading the base model.
 
     Raises:
         ValueError: names the adapter, the reason and the remedy.
@@ -118,13 +118,13 @@ def check_adapters(adapters: Sequence[tuple[str, str]]) -> None:
     names = [name for name, _ in adapters]
     for name in names:
         if name == BASE or names.count(name) > 1:
-            raise ValueError(f"--adapter gives the name {name!r} twice; every adapter and the {BASE} have one each")
+            raise ValueError(f"--adapter: the name {name!r} is already taken; give every adapter a name of its own")
     if adapter_kind(adapters) == "PARADE":
         for _, path in adapters:
             with naming("--adapter"):
                 load_adapter(path)
     elif _largest(adapters, 8) > LORA_RANKS[-1]:
-        raise ValueError(f"--adapter names one of r {_largest(adapters, 8)}; vLLM serves up to {LORA_RANKS[-1]}")
+        raise ValueError(f"--adapter names a LoRA of r {_largest(adapters, 8)}; vLLM serves at most {LORA_RANKS[-1]}")
 
 
 class Server:
@@ -186,16 +186,16 @@ class Server:
 
 @contextmanager
 def _refusals(model: str, engine: dict[str, Any]) -> Iterator[None]:
-    """Say which flags gave an engine what it refuses."""
+    """Name the flags behind what the engine refuses."""
     try:
         yield
     except AdapterError as error:
         raise ValueError(f"--adapter {error}") from error
     except ParadeConfigError:
-        # It names the option.
+        # It names the option itself.
         raise
     except (OSError, TypeError, ValueError) as error:
-        # Any other TypeError is a fault and no refusal.
+        # Any other TypeError is a bug, not a refusal.
         if isinstance(error, TypeError) and "unexpected keyword argument" not in str(error):
             raise
         if isinstance(error, OSError) and not Path(model).exists():
@@ -204,7 +204,7 @@ def _refusals(model: str, engine: dict[str, Any]) -> Iterator[None]:
 
 
 def _largest(adapters: Sequence[tuple[str, str]], least: int) -> int:
-    # PEFT leaves out nothing that it saves; the default is for adapters written by hand.
+    # PEFT always writes r; the default is for files written by hand.
     ranks = (_settings(path).get("r", least) for _, path in adapters)
     return max([least, *ranks])
 
@@ -214,7 +214,7 @@ def _lora_rank(rank: int) -> int:
 
 
 def check(args: argparse.Namespace) -> list[Example]:
-    """The examples to answer, if nothing else speaks against starting an engine for them.
+    """Check all input before an engine starts, and return the examples to answer.
 
     Raises:
         ValueError: names the flag, its value and the remedy.
@@ -236,14 +236,14 @@ def check(args: argparse.Namespace) -> list[Example]:
 
 
 def _check_template(args: argparse.Namespace) -> None:
-    """Where vLLM will take Transformers' tokenizer, a look at it costs a second."""
+    """Check the chat template where vLLM uses Transformers' tokenizer."""
     if args.template != "chat" or {"tokenizer", "tokenizer_mode"} & set(args.engine):
         return
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.model)
-    # vLLM may find another one, and says so where it does not.
+    # vLLM may support a tokenizer that Transformers does not.
     except (OSError, ValueError, KeyError, TypeError):
         return
     check_template(tokenizer, args.template)

@@ -123,10 +123,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def checked_layers(args: argparse.Namespace) -> list[int]:
-    """Numbers of the layers to draw.
+    """Check model, adapter, --layers and --heads; return the layers to draw.
 
     Raises:
-        ValueError: a model, an adapter, a layer or a head that is not there; names the flag, its value and the remedy.
+        ValueError: names the flag, its value and the remedy.
     """
     config = load_model_config(args.model)
     with naming("--adapter"):
@@ -157,7 +157,7 @@ def draw(args: argparse.Namespace) -> None:
     with naming("--prompts"):
         lines = [line for line in read_text(args.prompts).splitlines() if line.strip()]
     if not lines:
-        raise ValueError(f"--prompts {args.prompts}: holds no prompt; expected one a line")
+        raise ValueError(f"--prompts {args.prompts}: has no prompt; expected one per line")
     layers = checked_layers(args)
     tokenizer = load_tokenizer(args.model, args.template)
     prompts = [encode_prompt(tokenizer, line, args.template) for line in lines]

@@ -104,7 +104,8 @@ def test_bad_data_is_refused(refused: Callable[..., str], sst2: Path, tmp_path: 
     assert refused(data=data).startswith(f"--data {data}/train.tsv: cannot be read: No such file or directory")
     shutil.copytree(sst2, data)
     (data / "test.tsv").write_text("")
-    assert refused(data=data) == f"--data {data}: holds no test example of task sst2; give its complete files"
+    line = refused(data=data)
+    assert line == f"--data {data}: has no test example of task sst2; give a folder with complete files"
     (data / "test.tsv").write_text("a film")
     assert refused(data=data).startswith(f"--data {data}/test.tsv, line 1: expected a sentence, a tab and the label")
     for flag in ("--rows", "--num_beams"):
@@ -124,17 +125,18 @@ def test_bad_adapters_are_refused(refused: Callable[..., str], tmp_path: Path) -
     assert refused(*given('{"peft_type": "LORA", "r": "8"}')).startswith(f"--adapter {file}: r is '8'; expected a ")
     line = refused(*given('{"peft_type": "PARADE"}'))
     assert line.startswith(f"--adapter {tmp_path}/given/adapter_model.safetensors: no such file; expected ")
-    assert refused(*given('{"peft_type": "LORA", "r": 600}')) == "--adapter names one of r 600; vLLM serves up to 512"
+    line = refused(*given('{"peft_type": "LORA", "r": 600}'))
+    assert line == "--adapter names a LoRA of r 600; vLLM serves at most 512"
     twice = refused("--adapter", f"a={ADAPTER}", f"a={ADAPTER}")
-    assert twice == "--adapter gives the name 'a' twice; every adapter and the base model have one each"
-    assert refused("--adapter", f"base model={ADAPTER}").startswith("--adapter gives the name 'base model' twice")
+    assert twice == "--adapter: the name 'a' is already taken; give every adapter a name of its own"
+    assert refused("--adapter", f"base model={ADAPTER}").startswith("--adapter: the name 'base model' is already taken")
 
 
 def test_results_without_a_place_are_refused(refused: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert refused("--output", tmp_path) == f"--output {tmp_path}: is a folder; give a file"
     line = refused("--output", tmp_path / "file/scores.json")
-    assert line.startswith(f"--output {tmp_path}/file: cannot be made a folder: ")
+    assert line.startswith(f"--output {tmp_path}/file: cannot be created: ")
 
 
 def test_missing_packages_are_named(refused: Callable[..., str], sst2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +167,7 @@ def test_what_vllm_refuses_names_the_flags(smollm: str, tmp_path: Path, monkeypa
         Server(smollm, [], {"nosuch": 1})
     with pytest.raises(ValueError, match="(?s)^vLLM refuses --model .* with --engine .*is greater than the derived"):
         Server(smollm, [], {"max_model_len": 1 << 30})
-    with pytest.raises(ValueError, match="^--model nobody/nothing: no such folder, and not to be had from the Hub: "):
+    with pytest.raises(ValueError, match="^--model nobody/nothing: no such folder, and not available from the Hub: "):
         Server("nobody/nothing", [], {})
     other = BaseModelShape(32, 2, {"q": 32, "k": 32, "v": 32, "gate": 64, "up": 64})
     misfit = make_adapter(tmp_path / "misfit", other, 0)

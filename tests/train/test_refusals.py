@@ -41,7 +41,7 @@ def refused(weightless: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         (None, "{file}: cannot be read: No such file or directory; expected a text file"),
         (b"", "{file}: holds no example; expected lines {pair}"),
         (b"\n  \n", "{file}: holds no example; expected lines {pair}"),
-        (PAIR.encode("utf-16"), "{file}: no UTF-8 text (invalid start byte, byte 0); save it as UTF-8"),
+        (PAIR.encode("utf-16"), "{file}: not UTF-8 text (invalid start byte, byte 0); save it as UTF-8"),
         (f"{PAIR}\n{PAIR[:-3]}".encode(), "{file}, line 2: expected {pair} (JSONDecodeError("),
         (b'\n{"prompt": "p", "answer": "r"}', "{file}, line 2: expected {pair} (KeyError('response'))"),
         (b'["p", "r"]', "{file}, line 1: expected {pair} (TypeError("),
@@ -68,9 +68,7 @@ def test_nothing_is_left_to_train_on(refused: Callable[..., str], tmp_path: Path
     file = tmp_path / "one.jsonl"
     file.write_text(PAIR)
     line = refused("--train_file", file)
-    assert line == (
-        f"--train_file {file}: no example is left to train on, since dev has all the prompts; give further ones"
-    )
+    assert line == f"--train_file {file}: no example is left to train on: all its prompts are in dev; add examples"
     assert refused("--train_file", file, "--dev_file", file) == line
     assert refused("--max_length", 3) == "--max_length is 3, and all 18 examples are longer; raise it"
 
@@ -99,7 +97,7 @@ def test_models(refused: Callable[..., str], weightless: Path, tmp_path: Path) -
         assert line.endswith(remedy)
     # The tests run without network.
     assert refused("--model", "nobody/nothing").startswith(
-        "--model nobody/nothing: no such folder, and not to be had from the Hub: We couldn't connect"
+        "--model nobody/nothing: no such folder, and not available from the Hub: We couldn't connect"
     )
     line = refused()
     assert line.startswith(f"--model {weightless}: no usable weights: Error no file named model.safetensors")
@@ -139,8 +137,8 @@ def test_tokenizers(
         (["--attention", "slow"], "--attention is slow; expected one of eager, "),
         (["--peft", '{"r": 10}'], "--peft got {'r': 10} for parade: r is 10, not a multiple of num_capsules, 4"),
         (["--peft", '{"layers_to_transform": [30]}'], "--peft: layers_to_transform names layer 30; expected 0 to 29"),
-        (["--output_dir", "pairs.jsonl"], "--output_dir pairs.jsonl: cannot be made a folder: File exists; give "),
-        (["--output_dir", "pairs.jsonl/a"], "--output_dir pairs.jsonl/a: cannot be made a folder: Not a directory; "),
+        (["--output_dir", "pairs.jsonl"], "--output_dir pairs.jsonl: cannot be created: File exists; give "),
+        (["--output_dir", "pairs.jsonl/a"], "--output_dir pairs.jsonl/a: cannot be created: Not a directory; "),
         (["--resume_from_checkpoint", "true"], "--resume_from_checkpoint: out has no checkpoint; drop the flag"),
         (["--resume_from_checkpoint", "gone"], "--resume_from_checkpoint gone: no such folder; give a checkpoint's"),
         (
@@ -165,7 +163,7 @@ def test_xformers_needs_a_gpu(refused: Callable[..., str], monkeypatch: pytest.M
         ("train", None, "{file}: cannot be read: No such file or directory; expected a text file"),
         ("dev", "a film\t2", "{file}, line 1: expected a sentence, a tab and the label 0 or 1 (ValueError("),
         ("test", "a film\t1\nno label", "{file}, line 2: expected a sentence, a tab and the label 0 or 1 (ValueError("),
-        ("train", "", "{folder}: holds no train example of task sst2; give its complete files"),
+        ("train", "", "{folder}: has no train example of task sst2; give a folder with complete files"),
     ],
     ids=["missing", "label", "columns", "empty"],
 )
@@ -208,7 +206,7 @@ def test_data_sets_of_the_hub(refused: Callable[..., str], monkeypatch: pytest.M
     assert refused(source=hub).startswith("--dataset some/pairs: cannot be loaded: Dataset 'some/pairs' doesn't exist")
     pair = {"prompt": "p", "response": "r"}
     for answer, message in (
-        ({"test": [pair]}, "--dataset some/pairs: holds no example in a split train, but test; give another"),
+        ({"test": [pair]}, "--dataset some/pairs: has no split train with examples, only test; give another one"),
         ({"train": [pair, {"text": "t"}]}, f"--dataset some/pairs, train row 1: {EXPECTED} (KeyError('prompt'))"),
         ({"train": [pair]}, "--dataset some/pairs: no example is left to train on"),
     ):
@@ -221,7 +219,7 @@ def test_data_sets_of_the_hub(refused: Callable[..., str], monkeypatch: pytest.M
     [
         (None, "settings.yaml: cannot be read: No such file or directory"),
         (b"a: [1", "settings.yaml: no valid YAML: while parsing a flow sequence"),
-        (b"a: \xff", "settings.yaml: no UTF-8 text"),
+        (b"a: \xff", "settings.yaml: not UTF-8 text"),
     ],
     ids=["missing", "yaml", "utf8"],
 )

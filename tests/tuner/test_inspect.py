@@ -99,15 +99,15 @@ def test_bad_input_is_refused(refused: Callable[..., str], tmp_path: Path) -> No
     assert refused(model=folder) == f"--model {folder}: the folder holds no config.json; {remedy}"
     assert refused("--prompts", missing).startswith(f"--prompts {missing}: cannot be read: No such file or directory")
     assert refused("--prompts", folder).startswith(f"--prompts {folder}: cannot be read: Is a directory")
-    assert refused("--prompts", file).startswith(f"--prompts {file}: no UTF-8 text")
+    assert refused("--prompts", file).startswith(f"--prompts {file}: not UTF-8 text")
     assert refused("--adapter", missing).startswith(f"--adapter {missing}: no such folder; expected a folder that ")
     assert refused("--adapter", folder).startswith(f"--adapter {folder}/adapter_config.json: no such file; expected ")
     assert refused("--layers", 0, 30) == f"--layers: layer 30 has no vectors; expected some of {list(range(30))}"
     assert refused("--heads", 0, 9) == "--heads: the base model has no head 9; expected some of 0 to 8"
     assert refused("--heads", -1).startswith("--heads: the base model has no head -1")
-    assert refused("--output", file).startswith(f"--output {file}: cannot be made a folder: File exists")
+    assert refused("--output", file).startswith(f"--output {file}: cannot be created: File exists")
     file.write_text("\n \n")
-    assert refused("--prompts", file) == f"--prompts {file}: holds no prompt; expected one a line"
+    assert refused("--prompts", file) == f"--prompts {file}: has no prompt; expected one per line"
 
 
 def test_missing_packages_are_named(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,7 +78,7 @@ class AdapterArguments:
         if self.dtype != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise ValueError(f"--dtype is {self.dtype}; expected auto, bfloat16, float16 or float32")
         known = ["eager", *(name for name in ALL_ATTENTION_FUNCTIONS.valid_keys() if "|" not in name)]
-        # With / or | it names kernels on the Hub.
+        # A name with / or | is a kernel on the Hub.
         if self.attention not in known and not {"/", "|"} & set(self.attention):
             raise ValueError(f"--attention is {self.attention}; expected one of {', '.join(known)}")
         if self.attention == "xformers":

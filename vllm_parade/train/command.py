@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `train`, `evaluate` and `inspect` share as commands: bad input costs one line and no minutes of work."""
+"""Shared by the commands `train`, `evaluate` and `inspect`: bad input ends in one line, before minutes of work."""
 
 import os
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ EXTRA = "pip install 'vllm-parade[train]'"
 
 @contextmanager
 def one_line_errors(command: str) -> Iterator[None]:
-    """End the process with one line and exit code 1 where the command refuses its input by a ValueError."""
+    """Turn a ValueError into one line on stderr and exit code 1."""
     try:
         yield
     except ValueError as error:
@@ -23,7 +23,7 @@ def one_line_errors(command: str) -> Iterator[None]:
 
 @contextmanager
 def naming(flag: str) -> Iterator[None]:
-    """Put `flag` in front of a ValueError whose message begins with the file or folder that the flag names."""
+    """Put `flag` in front of a ValueError whose message begins with the flag's value, a file or folder."""
     try:
         yield
     except ValueError as error:
@@ -31,7 +31,7 @@ def naming(flag: str) -> Iterator[None]:
 
 
 def require_modules(*names: str, remedy: str = EXTRA) -> None:
-    """Refuse to begin without modules that are imported later.
+    """Check that modules are installed before the work that needs them.
 
     Raises:
         ValueError: names the missing modules and the remedy.
@@ -42,7 +42,7 @@ def require_modules(*names: str, remedy: str = EXTRA) -> None:
 
 
 def check_output_folder(flag: str, folder: Path) -> None:
-    """Make the folder of results now, so that it is not refused when there are results.
+    """Create the folder for results now, so that a bad path is not found after the work.
 
     Raises:
         ValueError: names the flag, the folder and the reason.
@@ -50,6 +50,6 @@ def check_output_folder(flag: str, folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"{flag} {folder}: cannot be made a folder: {error.strerror}; give another path") from error
+        raise ValueError(f"{flag} {folder}: cannot be created: {error.strerror}; give another path") from error
     if not os.access(folder, os.W_OK):
         raise ValueError(f"{flag} {folder}: no permission to write there; give another path")

@@ -36,7 +36,7 @@ def peft_config(method: str, settings: dict[str, Any]) -> PeftConfig:
 
 
 def check_fit(config: PeftConfig, model_config: Any) -> None:
-    """Refuse a PARADE adapter that the base model cannot carry; of the other methods PEFT knows when it has the model.
+    """Refuse a PARADE adapter that does not fit the base model. PEFT checks other methods once the model is loaded.
 
     Raises:
         AdapterError: names --model or --peft, the value and what was expected.

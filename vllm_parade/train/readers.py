@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the files of each task are read. None of a task's training prompts occurs in its dev or test split.
 
-What a file holds instead of examples is refused by a ValueError that names file and line.
+A file that cannot be read as its format says raises a ValueError that names file and line.
 """
 
 import csv
@@ -59,31 +59,31 @@ class Splits:
 
 
 def read_text(path: Path, newline: str | None = None) -> str:
-    """A text file's content; `newline` as in `open`.
+    """Read a UTF-8 text file; `newline` as in `open`.
 
     Raises:
         ValueError: names the file, the reason and the remedy.
     """
     try:
-        # Some editors begin UTF-8 files with a mark.
+        # utf-8-sig skips the byte order mark that some editors write.
         with path.open(encoding="utf-8-sig", newline=newline) as file:
             return file.read()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: no UTF-8 text ({error.reason}, byte {error.start}); save it as UTF-8") from error
+        raise ValueError(f"{path}: not UTF-8 text ({error.reason}, byte {error.start}); save it as UTF-8") from error
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}; expected a text file") from error
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    """Lines that are not blank, each with the words that say where it stands."""
-    # Not splitlines(), which cuts at further characters that stand unescaped in JSON.
+    """Lines that are not blank, each after its place: file and line number."""
+    # Not splitlines(): it also splits at characters that JSON may contain unescaped.
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
             yield f"{path}, line {number}", line
 
 
 def _csv_rows(path: Path, **options: Any) -> Iterator[tuple[str, list[str]]]:
-    """Rows that are not blank, likewise."""
+    """Rows that are not blank, each after its place."""
     reader = csv.reader(io.StringIO(read_text(path, newline=""), newline=""), **options)
     try:
         for row in reader:
@@ -97,7 +97,7 @@ def _csv_rows(path: Path, **options: Any) -> Iterator[tuple[str, list[str]]]:
 def _expecting(where: str, what: str) -> Iterator[None]:
     try:
         yield
-    # RecursionError is JSON nested thousands deep.
+    # RecursionError: JSON nested thousands of levels deep.
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{where}: expected {what} ({error!r})") from error
 

@@ -75,7 +75,7 @@ TASKS = {
 
 
 def read_task(name: str, folder: Path, *needed: str) -> Splits:
-    """A task's examples out of the folder that --data names, some for every split in `needed`.
+    """Read a task's examples from its folder and check that every split in `needed` has some.
 
     Raises:
         ValueError: names --data, the file or folder, and what was expected of it.
@@ -84,12 +84,14 @@ def read_task(name: str, folder: Path, *needed: str) -> Splits:
         splits = TASKS[name].read(folder)
     for split in needed:
         if not getattr(splits, split):
-            raise ValueError(f"--data {folder}: holds no {split} example of task {name}; give its complete files")
+            raise ValueError(
+                f"--data {folder}: has no {split} example of task {name}; give a folder with complete files"
+            )
     return splits
 
 
 def check_metric(name: str) -> None:
-    """Refuse a task whose metric would fail for want of a package when all answers are there.
+    """Check that the package which computes a task's metric is installed.
 
     Raises:
         ValueError: names the package and the remedy.

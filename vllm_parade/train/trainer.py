@@ -84,7 +84,7 @@ def load_data(options: AdapterArguments) -> tuple[Splits, dict[str, Splits]]:
     else:
         source, splits = f"--dataset {options.dataset}", _hub_data(str(options.dataset))
     if not splits.train:
-        raise ValueError(f"{source}: no example is left to train on, since dev has all the prompts; give further ones")
+        raise ValueError(f"{source}: no example is left to train on: all its prompts are in dev; add examples")
     return splits, {}
 
 
@@ -95,11 +95,13 @@ def _hub_data(name: str) -> Splits:
         raise ValueError(f"--dataset {name} needs the package datasets; pip install datasets") from error
     try:
         found = load_dataset(name)
-    # Of the package's own errors, those for a name that is unknown or ambiguous.
+    # The package raises these for an unknown or ambiguous name.
     except (OSError, ValueError) as error:
         raise ValueError(f"--dataset {name}: cannot be loaded: {error}; give a data set's name on the Hub") from error
     if not found.get("train"):
-        raise ValueError(f"--dataset {name}: holds no example in a split train, but {', '.join(found)}; give another")
+        raise ValueError(
+            f"--dataset {name}: has no split train with examples, only {', '.join(found)}; give another one"
+        )
     parts = {
         split: [as_example(row, f"--dataset {name}, {split} row {number}") for number, row in enumerate(rows)]
         for split, rows in found.items()
@@ -122,7 +124,7 @@ def train(options: AdapterArguments, arguments: PromptTrainingArguments) -> dict
         what the last evaluation found, of the best checkpoint
     """
     set_seed(arguments.seed)
-    # Whatever can be refused is refused before the base model is loaded.
+    # All checks come before the base model is loaded.
     config, checkpoint = peft_config(options.method, cast(dict, options.peft)), _checkpoint(arguments)
     _check_metrics(options, arguments)
     splits, tasks = load_data(options)
