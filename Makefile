@@ -17,7 +17,7 @@ STAMP := $(VENV)/.installed-$(DEVICE)
 SAY := @printf '\n==> %s\n'
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint release-check
+.PHONY: help install demo test lint docs release-check
 .DELETE_ON_ERROR:
 
 help: ## Show this list
@@ -58,6 +58,11 @@ lint: install ## Check style and types (ruff, mypy)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: install ## Build the site into site/, strictly
+	$(SAY) 'Docs'
+	$(BIN)/python -m tools.generate --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 release-check: install ## Nightly: build the wheel, install it into a fresh environment with vLLM, look at its flags
 	$(SAY) 'Release check'

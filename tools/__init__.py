@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tools for people who work on the project: pages, pictures, prose, release. Nothing here is installed."""
+"""Tools of the project: the base model of examples and tests, pages, pictures, prose, release. Nothing is installed."""

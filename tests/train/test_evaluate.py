@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.documents import commands, texts
 from tests.engines import DEFAULTS
 from vllm_parade.evaluate import adapter_kind, parser
 from vllm_parade.train.answers import score
@@ -23,12 +24,13 @@ ADAPTER = Path(__file__).parents[2] / "examples/adapters/sst2"
 @pytest.mark.engine
 @pytest.mark.slow
 def test_scores_are_those_of_the_reference(smollm: str, sst2: Path, tmp_path: Path) -> None:
-    flags = ["--model", smollm, "--task", "sst2", "--data", str(sst2), "--split", "dev", "--adapter", f"mine={ADAPTER}"]
-    engine = json.dumps(DEFAULTS)
-    command = [sys.executable, "-m", "vllm_parade.evaluate", *flags, "--engine", engine]
-    done = subprocess.run(
-        [*command, "--output", str(tmp_path / "scores.json")], capture_output=True, text=True, timeout=300
-    )
+    name = "tests/train/test_evaluate.py::test_scores_are_those_of_the_reference"
+    (text,) = texts("docs/training.md", name, "bash")
+    ((_, *words),) = commands(text, MODEL=smollm, DATA=str(sst2))
+    (tmp_path / "adapters").symlink_to(ADAPTER.parent)
+    flags = ["--split", "dev", "--engine", json.dumps(DEFAULTS), "--output", "scores.json"]
+    command = [sys.executable, *words, *flags]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "scores.json").read_text())
     examples = TASKS["sst2"].read(sst2).dev
