@@ -1,9 +1,11 @@
 # `make demo` and `make test` do their own set-up. Variables: PYTHON creates the virtual environment, DEVICE is cpu or
-# cuda (found by itself), PIP_ARGS goes to every `pip install` (an extra index, say), PYTEST_ARGS to pytest.
+# cuda (found by itself), PIP_ARGS goes to every `pip install` (an extra index, say), PYTEST_ARGS to pytest, RELEASE_ARGS
+# to the release check.
 PYTHON ?= python3
 DEVICE ?= $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU' && echo cuda || echo cpu)
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+RELEASE_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -15,12 +17,12 @@ STAMP := $(VENV)/.installed-$(DEVICE)
 SAY := @printf '\n==> %s\n'
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-main test-triton lint
+.PHONY: help install demo test test-main test-triton test-all lint docs release-check
 .DELETE_ON_ERROR:
 
 help: ## Show this list
 	@printf 'vllm-parade: make TARGET\n\n'
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  \1\t\2/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 18
 
 install: $(STAMP) ## Create .venv with vLLM for this machine and the project in it
 
@@ -57,8 +59,23 @@ test-triton: install
 	$(SAY) "Tests of the kernels and of model runner V2, under Triton's interpreter"
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PYTEST_ARGS) -m triton || [ $$? -eq 5 ] # 5: PYTEST_ARGS left none
 
+test-all: install ## Run all tests, the nightly ones too, and measure coverage
+	$(SAY) 'All tests'
+	$(BIN)/python -m pytest --nightly --cov --cov-report=term:skip-covered $(PYTEST_ARGS)
+	$(SAY) "Tests of the kernels and of model runner V2, under Triton's interpreter"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest --nightly --cov --cov-append --cov-report=term:skip-covered $(PYTEST_ARGS) -m triton
+
 lint: install ## Check style and types (ruff, mypy)
 	$(SAY) 'Lint'
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: install ## Build the site into site/, strictly
+	$(SAY) 'Docs'
+	$(BIN)/python -m tools.generate --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+release-check: install ## Nightly: build the wheel, install it into a fresh environment with vLLM, look at its flags
+	$(SAY) 'Release check'
+	$(BIN)/python -m tools.release_check --device $(DEVICE) $(RELEASE_ARGS)

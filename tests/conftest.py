@@ -37,9 +37,15 @@ if INTERPRETED:
     install()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--nightly", action="store_true", help="run the tests marked nightly too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Kernels need a GPU or the interpreter, whose process runs nothing else: vLLM there is another one (runner V2)."""
     for item in items:
+        if item.get_closest_marker("nightly") is not None and not config.getoption("--nightly"):
+            item.add_marker(pytest.mark.skip(reason="runs with --nightly"))
         kernels = item.get_closest_marker("triton") is not None
         if kernels and not INTERPRETED and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a GPU, or TRITON_INTERPRET=1"))

@@ -1,65 +1,47 @@
-"""What the README promises exists."""
+# SPDX-License-Identifier: Apache-2.0
+"""README is short, and what it promises is so. Its generated tables are tested with those of the other pages."""
 
-import inspect
 import re
-from pathlib import Path
+import subprocess
 
 import pytest
 
-from vllm_parade.config import ServingConfig, flag_name
-from vllm_parade.frontend import startup
-from vllm_parade.frontend.metrics import DOCUMENTATION
-from vllm_parade.stats import PREFIX, RowCounts
+from tests.documents import ROOT, read, texts
+from tools import figures
 
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-REFUSED = "What is refused, and why"
+README = read("README.md")
+HERE = "tests/test_readme.py"
 
 
-def section(title: str) -> str:
-    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+def test_it_is_read_in_five_minutes() -> None:
+    assert len(README.splitlines()) <= 150
+    assert len(README.split()) <= 1000
 
 
-def test_every_flag_is_described() -> None:
-    described = re.findall(r"^\| `(--[a-z-]+)` \|", section("Serving online"), re.MULTILINE)
-    assert described == [flag_name(name) for name in ServingConfig.__dataclass_fields__]
+def test_the_speed_table_is_of_the_one_run_that_it_names() -> None:
+    section = README.split("\n## Speed\n")[1].split("\n## ")[0]
+    assert re.findall(r"\((benchmarks/[^)]+)\)", section) == [f"{figures.RESULTS}/{figures.SPEED_FILE}"]
+    content = figures.content(figures.RESULTS, figures.SPEED_FILE)
+    assert {"base", "parade", "lora"} <= {one["variant"] for one in content["results"] if one["workload"] == "decode"}
+    machine = content["machine"]
+    assert machine["card"].split()[1] in section
+    assert f"vLLM {machine['vllm']}" in section
 
 
-def test_every_metric_is_described() -> None:
-    described = re.findall(r"^\| `vllm:([a-z_]+)_total` \|", section("Serving online"), re.MULTILINE)
-    counted = [PREFIX + name for name in RowCounts.__dataclass_fields__]
-    assert described == counted == [PREFIX + name for name in DOCUMENTATION]
+def test_ci_runs_the_second_command() -> None:
+    (text,) = texts("README.md", ".ci/run", "bash")
+    assert "make test" in text
+    assert "\nmake test\n" in (ROOT / ".ci/run").read_text()
 
 
-def test_every_refusal_is_described() -> None:
-    name = r"--[a-z-]+|VLLM_[A-Z0-9_]+"
-    described = re.findall(rf"`({name})", "\n".join(re.findall(r"^\| (.*?) \|", section(REFUSED), re.MULTILINE)))
-    assert set(described) == set(re.findall(rf'"({name})', inspect.getsource(startup._unsupported)))
-
-
-def test_every_argument_of_the_application_is_described() -> None:
-    app = pytest.importorskip("vllm_parade.cluster.app")
-    table = section("Ray").split("| argument | meaning |")[1].split("\n\n")[0]
-    described = re.findall(r"`([a-z_]+)`", "\n".join(re.findall(r"^\| (.*?) \|", table, re.MULTILINE)))
-    assert described == list(app.Arguments.model_fields)
-
-
-def test_the_tree_is_the_tree() -> None:
-    folder = ROOT
-    for indent, name in re.findall(r"^( *)([a-z_]+)/  ", section("Tree"), re.MULTILINE):
-        path = folder / name if indent else ROOT / name
-        assert path.is_dir(), path
-        folder = folder if indent else path
-    listed = re.findall(r"^  ([a-z_]+)/", section("Tree"), re.MULTILINE)
-    packages = {file.parent.name for file in (ROOT / "vllm_parade").glob("*/__init__.py")}
-    assert set(listed) == packages
-
-
-def test_links_and_commands_lead_somewhere() -> None:
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
-    for file in re.findall(r"\b(?:benchmarks|examples|tests|tools)/[\w/]+\.(?:py|sh)", README):
-        assert (ROOT / file).is_file(), file
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in re.findall(r"\bmake ([a-z]+)\b", README):
-        assert f"\n{target}:" in makefile, target
+@pytest.mark.nightly
+@pytest.mark.engine
+def test_make_demo() -> None:
+    (text,) = texts("README.md", f"{HERE}::test_make_demo", "bash")
+    assert text.startswith("make demo ")
+    # Whoever runs the tests has installed: the stamp counts as new, so that make installs nothing.
+    stamps = [word for device in ("cpu", "cuda") for word in ("--assume-old", f".venv/.installed-{device}")]
+    done = subprocess.run(["make", *stamps, "demo"], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    assert "14 answers" in done.stdout
+    assert "positive" in done.stdout

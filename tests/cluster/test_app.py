@@ -13,10 +13,13 @@ pytest.importorskip("ray.serve")
 
 from ray.serve.schema import ServeDeploySchema
 
+from tests.documents import texts
 from vllm_parade.cluster.app import Arguments, build_app
 from vllm_parade.cluster.router import AffinityRouter
 
 ROOT = Path(__file__).parents[2]
+PAGE = "docs/ray.md"
+HERE = "tests/cluster/test_app.py"
 SST2 = str(ROOT / "examples/adapters/sst2")
 
 
@@ -154,3 +157,22 @@ def test_the_examples_yaml_builds_as_it_stands(monkeypatch: pytest.MonkeyPatch) 
     assert getattr(importlib.import_module(module), name) is build_app
     # As Serve does it: arguments become what the builder's parameter is annotated with.
     build_app(Arguments.model_validate(application.args))
+
+
+def test_the_lines_of_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[Any] = []
+    monkeypatch.setattr("ray.serve.run", lambda app, name: started.append((app, name)))
+    monkeypatch.chdir(ROOT)
+    (text,) = texts(PAGE, f"{HERE}::test_the_lines_of_the_page", "python")
+    exec(text, {})
+    ((app, name),) = started
+    replicas = app._bound_deployment.init_args[0]._bound_deployment
+    assert (name, replicas._deployment_config.num_replicas) == ("parade", 8)
+
+
+def test_the_yaml_of_the_page() -> None:
+    (text,) = texts(PAGE, f"{HERE}::test_the_yaml_of_the_page", "yaml")
+    given = Arguments.model_validate(yaml.safe_load(text))
+    build_app(given)
+    bundles = given.placement_group_bundles or []
+    assert sum(bundle.get("GPU", 0) for bundle in bundles) == given.engine["tensor_parallel_size"]

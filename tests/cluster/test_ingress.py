@@ -10,12 +10,13 @@ import pytest
 
 pytest.importorskip("ray.serve")
 
-from fastapi import Request, Response
+from fastapi import HTTPException, Request, Response
 from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import DeploymentUnavailableError
 
+from tests.documents import commands, texts
 from vllm_parade.cluster.adapters import AdapterRefused, NotConfirmed, UnknownAdapter
-from vllm_parade.cluster.ingress import Ingress
+from vllm_parade.cluster.ingress import Ingress, LoadBody, UnloadBody, administrator, routes
 
 SSE = [(b"content-type", b"text/event-stream; charset=utf-8")]
 JSON = [(b"content-type", b"application/json")]
@@ -187,3 +188,26 @@ def test_what_changes_of_adapters_answer(failed: Exception, status: int) -> None
 def test_paths_must_be_absolute() -> None:
     with pytest.raises(AdapterRefused, match=r"path is 'x/y'; give an absolute one"):
         asyncio.run(make()[0].load("a", "x/y"))
+
+
+def test_the_requests_of_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each names a route, with a method, a key and a body that the route takes."""
+    monkeypatch.setenv("PARADE_ADMIN_KEY", "secret")
+    bodies = {"/v1/load_parade_adapter": LoadBody, "/v1/unload_parade_adapter": UnloadBody, "/v1/parade_adapters": None}
+    (text,) = texts("docs/ray.md", "tests/cluster/test_ingress.py::test_the_requests_of_the_page", "bash")
+    asked = {}
+    for curl, url, *words in commands(text):
+        flags = list(zip(words[::2], words[1::2], strict=True))
+        headers = [tuple(part.strip().lower() for part in value.split(":")) for flag, value in flags if flag == "-H"]
+        raw = [(name.encode(), value.replace("bearer", "Bearer").encode()) for name, value in headers]
+        administrator(Request({"type": "http", "headers": raw}))
+        with pytest.raises(HTTPException):
+            administrator(Request({"type": "http", "headers": []}))
+        content = dict(flags).get("-d")
+        path = url.removeprefix("http://localhost:8000")
+        (methods,) = (route.methods for route in routes.routes if getattr(route, "path", None) == path)
+        assert curl == "curl"
+        assert ("POST" if content else "GET") in methods
+        asked[path] = content and bodies[path].model_validate_json(content)
+    assert asked.keys() == bodies.keys()
+    assert asked["/v1/load_parade_adapter"].parade_name == asked["/v1/unload_parade_adapter"].parade_name

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from testing.server import START_TIMEOUT_S
+from tests.documents import ROOT, commands, texts
 from tests.servers import environment
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -14,8 +15,11 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 @pytest.mark.engine
 def test_offline(smollm: str) -> None:
+    (text,) = texts("README.md", "tests/e2e/test_examples.py::test_offline", "bash")
+    ((_, *words),) = commands(text)
     done = subprocess.run(
-        [sys.executable, str(EXAMPLES / "offline.py")],
+        [sys.executable, *words],
+        cwd=ROOT,
         env=environment(),
         stdin=subprocess.DEVNULL,
         capture_output=True,

@@ -21,12 +21,14 @@ from transformers import AutoTokenizer
 from testing.oracle import TOLERANCE, Oracle, beams
 from testing.server import server
 from tests import rules, servers
+from tests.documents import commands, texts
 from tests.engines import prompts
 from vllm_parade import ParadeRequest
 from vllm_parade.train.templates import e2e_prompt, sst2_prompt
 
 pytestmark = pytest.mark.engine
 
+HERE = "tests/e2e/test_server.py"
 BASE = "smollm"
 PARENT = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # Tokens of a step: fewer than the model's length, so that a prompt can be too long for an adapter alone.
@@ -45,15 +47,19 @@ def adapters(trained: dict[str, ParadeRequest], variants: dict[str, ParadeReques
 
 @pytest.fixture(scope="module")
 def url(smollm: str, adapters: dict[str, ParadeRequest], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The server of README's command, with more adapters and in float32."""
+    text, _ = texts("README.md", f"{HERE}::test_the_request_of_the_readme", "bash")
+    for given in ("adapters/mine", "examples/adapters/sst2"):
+        text = text.replace(f"={given}", f"={adapters['sst2'].path}")
+    ((_, _, model, *words),) = commands(text, MODEL=smollm)
     as_json = json.dumps({"name": "e2e", "path": adapters["e2e"].path, "base_model_name": PARENT})
-    given = [f"sst2={adapters['sst2'].path}", as_json, f"last={adapters['last'].path}"]
     flags = [
+        *(as_json, f"last={adapters['last'].path}"),
         *("--served-model-name", BASE, "--dtype", "float32", "--enforce-eager"),
         *("--max-model-len", "512", "--max-num-batched-tokens", str(STEP_TOKENS), "--max-num-seqs", "32"),
-        *("--enable-parade", "--parade-modules", *given),
     ]
     log = tmp_path_factory.mktemp("server") / "server.log"
-    with server(smollm, *flags, log=log, environment=servers.environment()) as url:
+    with server(model, *words, *flags, log=log, environment=servers.environment()) as url:
         yield url
 
 
@@ -202,14 +208,31 @@ def test_metrics_count_rows(url: str) -> None:
     assert changes == [{**nothing, "misses": 1}, {**nothing, "hits": 1}, nothing]
 
 
-def test_example_client(url: str) -> None:
-    command = [sys.executable, str(Path(__file__).parents[2] / "examples/client.py"), "--url", f"{url}/v1"]
+def test_the_request_of_the_readme(url: str) -> None:
+    _, text = texts("README.md", f"{HERE}::test_the_request_of_the_readme", "bash")
+    command = ["bash", "-c", text.replace("http://localhost:8000", url)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert (
-        f"served: {BASE} (parent None), sst2 (parent {BASE}), e2e (parent {PARENT}), last (parent {BASE})"
-        in done.stdout
-    )
+    answer = json.loads(done.stdout)
+    assert answer["model"] == "mine"
+    assert answer["choices"][0]["message"]["content"]
+
+
+def test_the_client_of_the_page(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (text,) = texts("docs/serving.md", f"{HERE}::test_the_client_of_the_page", "python")
+    exec(text.replace("http://localhost:8000", url), {})
+    assert capsys.readouterr().out == "positive\n"
+
+
+def test_example_client(url: str) -> None:
+    (text,) = texts("docs/serving.md", f"{HERE}::test_example_client", "bash")
+    ((_, *words),) = commands(text.replace("http://localhost:8000", url))
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, *words], cwd=root, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    names = {"mine": BASE, "sst2": BASE, "e2e": PARENT, "last": BASE}
+    assert ", ".join(f"{name} (parent {parent})" for name, parent in names.items()) in done.stdout
+    assert f"served: {BASE} (parent None), mine" in done.stdout
     assert "\n  sst2: negative\n" in done.stdout
 
 
@@ -217,6 +240,7 @@ def test_adapters_are_listed_as_models(client: openai.OpenAI, smollm: str, adapt
     cards = {card.id: card.to_dict() for card in client.models.list()}
     assert {name: (card["root"], card["parent"]) for name, card in cards.items()} == {
         BASE: (smollm, None),
+        "mine": (adapters["sst2"].path, BASE),
         "sst2": (adapters["sst2"].path, BASE),
         "e2e": (adapters["e2e"].path, PARENT),
         "last": (adapters["last"].path, BASE),
@@ -265,7 +289,9 @@ def assert_refused(done: Any, message: str) -> None:
 
 
 def test_flags_are_in_the_help(smollm: str) -> None:
-    done = servers.run_to_the_end("serve", "--help=ParadeConfig")
+    (text,) = texts("docs/index.md", f"{HERE}::test_flags_are_in_the_help", "bash")
+    ((_, *words),) = commands(text)
+    done = servers.run_to_the_end(*words)
     assert done.returncode == 0, done.stdout
     flags = ("enable-parade", "parade-modules", "max-parades", "max-cpu-parades", "max-parade-rank", "parade-sites")
     assert [flag for flag in flags if f"--{flag}" not in done.stdout] == []

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from testing.random_models import INNER, make_adapter
 from tests.commands import refusal
+from tests.documents import commands, texts
 from tests.engines import DEFAULTS
 from vllm_parade.adapter import BaseModelShape
 from vllm_parade.evaluate import Server, adapter_kind, main, parser
@@ -31,13 +32,13 @@ ADAPTER = Path(__file__).parents[2] / "examples/adapters/sst2"
 @pytest.mark.slow
 def test_scores_are_those_of_the_reference(small: str, sst2: Path, tmp_path: Path) -> None:
     shape = BaseModelShape.from_hf_config(AutoConfig.from_pretrained(small))
-    adapter = make_adapter(tmp_path / "mine", shape, 0, inner=INNER).path
-    flags = ["--model", small, "--task", "sst2", "--data", str(sst2), "--split", "dev", "--adapter", f"mine={adapter}"]
-    engine = json.dumps(DEFAULTS)
-    command = [sys.executable, "-m", "vllm_parade.evaluate", *flags, "--engine", engine]
-    done = subprocess.run(
-        [*command, "--output", str(tmp_path / "scores.json")], capture_output=True, text=True, timeout=300
-    )
+    adapter = make_adapter(tmp_path / "adapters" / "sst2", shape, 0, inner=INNER).path
+    name = "tests/train/test_evaluate.py::test_scores_are_those_of_the_reference"
+    (text,) = texts("docs/training.md", name, "bash")
+    ((_, *words),) = commands(text, MODEL=small, DATA=str(sst2))
+    flags = ["--split", "dev", "--engine", json.dumps(DEFAULTS), "--output", "scores.json"]
+    command = [sys.executable, *words, *flags]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "scores.json").read_text())
     examples = TASKS["sst2"].read(sst2).dev

@@ -14,6 +14,7 @@ import torch
 from peft import get_peft_model
 
 from tests.commands import refusal
+from tests.documents import commands, texts
 from tests.tuner.models import PAD, make
 from vllm_parade.inspect import attention_maps, main, prompt_dependence, vectors
 from vllm_parade.tuner import ParadeConfig
@@ -62,14 +63,20 @@ def test_attention_maps_are_cut_and_add_up(model: Any) -> None:
 def test_pictures(smollm: str, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a gripping movie\nThe sentiment of the given sentence is:\n\ndull\n")
-    command = [sys.executable, "-m", "vllm_parade.inspect", "--model", smollm, "--adapter", str(ADAPTER)]
-    command += ["--prompts", str(prompts), "--output", str(tmp_path)]
-    done = subprocess.run([*command, "--layers", "0", "29"], capture_output=True, text=True, timeout=300)
+    (tmp_path / "adapters").symlink_to(ADAPTER.parent)
+    (text,) = texts("docs/training.md", "tests/tuner/test_inspect.py::test_pictures", "bash")
+    ((_, *words),) = commands(text, MODEL=smollm)
+
+    def run(*layers: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, *words, "--layers", *layers]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+
+    done = run("0", "29")
     assert done.returncode == 0, done.stderr[-2000:]
     for name in ("attention_layer0.png", "attention_layer29.png", "vectors.png"):
-        assert (tmp_path / name).stat().st_size > 5000
+        assert (tmp_path / "pictures" / name).stat().st_size > 5000
     assert "vectors over prompts: spread 0.0" in done.stdout
-    refused = subprocess.run([*command, "--layers", "30"], capture_output=True, text=True, timeout=300)
+    refused = run("30")
     assert refused.returncode == 1
     assert "layer 30 has no vectors" in refused.stderr
 

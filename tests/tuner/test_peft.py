@@ -18,6 +18,7 @@ import torch
 from peft import PeftConfig, PeftModel, PeftModelForCausalLM, get_peft_model, get_peft_model_state_dict
 
 import vllm_parade
+from tests.documents import texts
 from tests.tuner.models import make
 from vllm_parade.adapter import AdapterConfig, AdapterError, load_adapter
 from vllm_parade.tuner import ParadeConfig, ParadeModel
@@ -55,6 +56,15 @@ def test_the_package_gives_the_config_away() -> None:
     assert vllm_parade.ParadeConfig is ParadeConfig
     with pytest.raises(AttributeError, match="no attribute 'ParadeTuner'"):
         _ = vllm_parade.ParadeTuner
+
+
+def test_the_lines_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (text,) = texts("docs/training.md", "tests/tuner/test_peft.py::test_the_lines_of_the_page", "python")
+    names: dict[str, Any] = {"model": make("llama"), "base": make("llama"), "ids": IDS, "labels": LABELS}
+    exec(text, names)
+    assert isinstance(names["model"], PeftModel)
+    assert load_adapter("adapters/mine").config.r == 12
 
 
 def test_config_and_server_agree_on_fields_and_defaults() -> None:

@@ -1,5 +1,6 @@
 """vLLM gives what the float32 oracle gives, whatever shares the batch."""
 
+import ast
 from itertools import cycle
 from typing import Any
 
@@ -7,12 +8,15 @@ import pytest
 
 from testing.oracle import Oracle
 from testing.random_models import make_adapter
+from tests.documents import ROOT, texts
 from tests.engines import greedy, manager, prompts
 from vllm_parade import ParadeRequest
 from vllm_parade.adapter import SITES, BaseModelShape
+from vllm_parade.config import ServingConfig
 
 pytestmark = pytest.mark.engine
 
+HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 LENGTHS = [1, 2, 3, 5, 8, 13, 15, 16, 17, 21, 31, 32, 33, 34, 47, 48, 49, 55, 63, 64, 65, 77, 89, 100]
 LONG = [111, 127, 128, 129, 144, 150, 160, 175, 191, 192, 200, 233, 255, 256, 257, 280, 300, 333, 377, 400, 512, 513]
 ALL = [*LENGTHS, *LONG, 610, 700]
@@ -105,3 +109,32 @@ def test_chat(llm: Any, oracle: Oracle, trained: dict[str, ParadeRequest]) -> No
     requests = [trained["sst2"], None]
     outputs = llm.chat(messages, greedy(), parade_request=requests, use_tqdm=False)
     oracle.check(outputs, requests)
+
+
+def printed(page: str, test: str, llm: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> list[str]:
+    """What a page's Python prints, with this engine in the place of the one that it would start."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    folder = llm.llm_engine.vllm_config.model_config.model
+
+    def made(model: str, **options: Any) -> Any:
+        assert model == HUB_NAME
+        assert ServingConfig.from_dict(EngineArgs(folder, **options).additional_config["parade"]).enable_parade
+        return llm
+
+    monkeypatch.setattr("vllm.LLM", made)
+    monkeypatch.chdir(ROOT)
+    (text,) = texts(page, f"tests/e2e/smollm/test_exactness.py::{test}", "python")
+    exec(text, {})
+    return capsys.readouterr().out.splitlines()
+
+
+def test_the_lines_of_the_readme(llm: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    line = printed("README.md", "test_the_lines_of_the_readme", llm, monkeypatch, capsys)[-1]
+    base, sst2 = ast.literal_eval(line)
+    assert sst2 == "positive"
+    assert base != sst2
+
+
+def test_the_lines_of_the_page_on_serving(llm: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    assert printed("docs/serving.md", "test_the_lines_of_the_page_on_serving", llm, monkeypatch, capsys)
