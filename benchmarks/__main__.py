@@ -66,11 +66,14 @@ def _variants(
     side_by_side: bool = False,
 ) -> None:
     """The gate, then the variants one after the other, or side by side; what is done is saved, whatever comes next."""
-    from benchmarks.exactness import gate
     from benchmarks.report import save, tables
 
     args.folder.mkdir(parents=True, exist_ok=True)
-    results = [] if args.skip_gate else gate(args.folder, args.engine)
+    results = []
+    if not args.skip_gate:
+        from benchmarks.exactness import gate
+
+        results += gate(args.folder, args.engine)
     settings = [
         Settings(
             variant=variant,
