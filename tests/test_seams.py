@@ -23,7 +23,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_parade import compat, plugin
-from vllm_parade.config import ParadeConfigError
+from vllm_parade.config import ServingConfigError
 from vllm_parade.plugin import KEYWORD_SEAMS, SEAMS, Seam, register
 from vllm_parade.scheduler import ParadeScheduler, ParadeSchedulerMixin
 from vllm_parade.worker.cpu import ParadeCPUWorker
@@ -320,5 +320,5 @@ class TestVersions:
     def test_unsupported_refuses_the_keywords_rather_than_serve_the_base_model(self, monkeypatch):
         """EngineArgs takes PARADE's keywords as soon as vllm_parade is imported, before any version check."""
         monkeypatch.setattr(compat, "installed_version", lambda: "0.34.0")
-        with pytest.raises(ParadeConfigError, match="it supports vLLM >= 0.32, < 0.34, and this is vLLM 0.34.0"):
+        with pytest.raises(ServingConfigError, match="it supports vLLM >= 0.32, < 0.34, and this is vLLM 0.34.0"):
             vllm.engine.arg_utils.EngineArgs(enable_parade=True)

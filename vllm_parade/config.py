@@ -20,7 +20,7 @@ CONFIG_KEY = "parade"
 MOST_HOST_ADAPTERS = 256
 
 
-class ParadeConfigError(ValueError):
+class ServingConfigError(ValueError):
     """A knob or a combination that cannot be served; the message names flag, value and remedy."""
 
 
@@ -44,7 +44,7 @@ class ParadeModule:
             value = cls._parse_text(value)
         known = {field.name for field in fields(cls)}
         if not isinstance(value, Mapping) or set(value) - known or not value.get("name") or not value.get("path"):
-            raise ParadeConfigError(
+            raise ServingConfigError(
                 f"--parade-modules got {value!r}; expected name=path or "
                 '{"name": ..., "path": ..., "base_model_name": ...}'
             )
@@ -58,7 +58,7 @@ class ParadeModule:
         try:
             return dict(json.loads(text))
         except ValueError as error:
-            raise ParadeConfigError(f"--parade-modules got {text!r}, which is no JSON: {error}") from None
+            raise ServingConfigError(f"--parade-modules got {text!r}, which is no JSON: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class ServingConfig:
         ):
             value = getattr(self, flag)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-                raise ParadeConfigError(f"{flag_name(flag)} is {value!r}; expected {expected}")
+                raise ServingConfigError(f"{flag_name(flag)} is {value!r}; expected {expected}")
         self._check_sites()
         self._check_combinations()
 
@@ -108,25 +108,25 @@ class ServingConfig:
             return
         unknown = [site for site in sites if site not in SITES]
         if unknown or not sites:
-            raise ParadeConfigError(f"--parade-sites is {list(sites)!r}; expected some of {', '.join(SITES)}")
+            raise ServingConfigError(f"--parade-sites is {list(sites)!r}; expected some of {', '.join(SITES)}")
         object.__setattr__(self, "parade_sites", tuple(site for site in SITES if site in sites))
 
     def _check_combinations(self) -> None:
         names = [module.name for module in self.parade_modules]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ParadeConfigError(f"--parade-modules names {twice[0]!r} twice; give every adapter its own name")
+            raise ServingConfigError(f"--parade-modules names {twice[0]!r} twice; give every adapter its own name")
         if names and not self.enable_parade:
-            raise ParadeConfigError("--parade-modules needs --enable-parade; add it, or drop the modules")
+            raise ServingConfigError("--parade-modules needs --enable-parade; add it, or drop the modules")
         if self.max_cpu_parades is None:
             return
         if self.max_cpu_parades < self.max_parades:
-            raise ParadeConfigError(
+            raise ServingConfigError(
                 f"--max-cpu-parades is {self.max_cpu_parades}, less than --max-parades, {self.max_parades}; what is on "
                 "the device is held in host memory too: raise the first or lower the second"
             )
         if self.max_cpu_parades < len(names):
-            raise ParadeConfigError(
+            raise ServingConfigError(
                 f"--max-cpu-parades is {self.max_cpu_parades}, but --parade-modules names {len(names)} adapters; "
                 "raise it, or leave it out"
             )
@@ -150,12 +150,12 @@ class ServingConfig:
         """Read the knobs from `additional_config["parade"]`.
 
         Raises:
-            ParadeConfigError: names the flag, its value and the remedy.
+            ServingConfigError: names the flag, its value and the remedy.
         """
         known = {field.name for field in fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
-            raise ParadeConfigError(f"unknown PARADE option {unknown[0]!r}; known are {', '.join(sorted(known))}")
+            raise ServingConfigError(f"unknown PARADE option {unknown[0]!r}; known are {', '.join(sorted(known))}")
         lists = {name: _tuple(values[name]) for name in ("parade_modules", "parade_sites") if values.get(name)}
         return cls(**{**{k: v for k, v in values.items() if v is not None}, **lists})
 

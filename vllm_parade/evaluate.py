@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_parade.adapter import AdapterError, load_adapter
-from vllm_parade.config import ParadeConfigError
+from vllm_parade.config import ServingConfigError
 from vllm_parade.train.command import check_output_folder, naming, one_line_errors, require_modules
 from vllm_parade.train.data import encode_prompt
 from vllm_parade.train.pretrained import check_model, check_template, unusable
@@ -191,7 +191,7 @@ def _refusals(model: str, engine: dict[str, Any]) -> Iterator[None]:
         yield
     except AdapterError as error:
         raise ValueError(f"--adapter {error}") from error
-    except ParadeConfigError:
+    except ServingConfigError:
         # It names the option itself.
         raise
     except (OSError, TypeError, ValueError) as error:

@@ -110,7 +110,7 @@ def test_an_application_is_three_deployments() -> None:
     assert config.autoscaling_config.max_replicas == 4
     assert config.max_ongoing_requests == 32
     assert config.request_router_config.get_request_router_class().__name__ == AffinityRouter.__name__
-    assert config.request_router_config.request_router_kwargs == {"slots": 8, "resident": 32}
+    assert config.request_router_config.request_router_kwargs == {"max_num_seqs": 8, "resident": 32}
     assert replicas._replica_config.placement_group_bundles == [{"CPU": 2}]
     # Two replicas fit on a machine of two cores.
     assert [one.ray_actor_options["num_cpus"] for one in (ingress, coordinator)] == [0, 0]

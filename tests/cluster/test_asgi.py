@@ -10,7 +10,7 @@ import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
 
-from vllm_parade.cluster.asgi import Asked, call, error, refusal
+from vllm_parade.cluster.asgi import ClientRequest, call, error, refusal
 
 app = FastAPI()
 seen: list[str] = []
@@ -39,8 +39,8 @@ async def broken() -> None:
     raise RuntimeError("broken")
 
 
-def asked(path: str, method: str = "GET", body: bytes = b"") -> Asked:
-    return Asked(method, path, b"a=1", [(b"x", b"y")], body, None)
+def asked(path: str, method: str = "GET", body: bytes = b"") -> ClientRequest:
+    return ClientRequest(method, path, b"a=1", [(b"x", b"y")], body, None)
 
 
 def test_an_answer_is_the_apps() -> None:

@@ -11,7 +11,7 @@ pytest.importorskip("ray.serve")
 
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID, ReplicaID
 
-from vllm_parade.cluster.asgi import Asked
+from vllm_parade.cluster.asgi import ClientRequest
 from vllm_parade.cluster.router import AffinityRouter, adapter_of
 from vllm_parade.cluster.routing import FREE, AffinityRule
 
@@ -28,7 +28,7 @@ class Counts(dict):
 
 
 def request(adapter: str | None) -> Any:
-    asked = Asked("POST", "/", b"", [], b"", adapter)
+    asked = ClientRequest("POST", "/", b"", [], b"", adapter)
     return SimpleNamespace(args=[asked], routing_context=SimpleNamespace(should_backoff=False))
 
 

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from vllm_parade import config as config_module
-from vllm_parade.config import ParadeConfigError, ParadeModule, ServingConfig, given_sites, traced_files
+from vllm_parade.config import ParadeModule, ServingConfig, ServingConfigError, given_sites, traced_files
 
 
 def test_defaults():
@@ -43,12 +43,12 @@ def test_parent_of_a_module_may_be_null():
     "value", ["a", "=/x", "a=", "{}", '{"name": "a"}', '{"path": "/x"}', '{"name": "a", "path": "/x", "r": 1}', 5, None]
 )
 def test_a_module_that_is_none(value):
-    with pytest.raises(ParadeConfigError, match="--parade-modules got .*expected name=path"):
+    with pytest.raises(ServingConfigError, match="--parade-modules got .*expected name=path"):
         ParadeModule.parse(value)
 
 
 def test_a_module_in_broken_json():
-    with pytest.raises(ParadeConfigError, match="--parade-modules got .*which is no JSON"):
+    with pytest.raises(ServingConfigError, match="--parade-modules got .*which is no JSON"):
         ParadeModule.parse('{"name": "a"')
 
 
@@ -91,12 +91,14 @@ def test_one_site_needs_no_list():
     ],
 )
 def test_refusals_name_flag_value_and_remedy(values, message):
-    with pytest.raises(ParadeConfigError, match="^" + re.escape(message)):
+    with pytest.raises(ServingConfigError, match="^" + re.escape(message)):
         ServingConfig.from_dict({"enable_parade": True, **values})
 
 
 def test_modules_without_enabling_are_refused():
-    with pytest.raises(ParadeConfigError, match="^--parade-modules needs --enable-parade; add it, or drop the modules"):
+    with pytest.raises(
+        ServingConfigError, match="^--parade-modules needs --enable-parade; add it, or drop the modules"
+    ):
         ServingConfig.from_dict({"parade_modules": ["a=/x"]})
 
 

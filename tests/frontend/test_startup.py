@@ -13,7 +13,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_parade.adapter import AdapterError
-from vllm_parade.config import CONFIG_KEY, ParadeConfigError, ServingConfig
+from vllm_parade.config import CONFIG_KEY, ServingConfig, ServingConfigError
 from vllm_parade.frontend import startup
 from vllm_parade.plugin import register
 
@@ -86,7 +86,7 @@ class TestDisabled:
         assert config.compute_hash() == plain.compute_hash()
 
     def test_modules_need_it(self, engine_config, adapters):
-        with pytest.raises(ParadeConfigError, match="--parade-modules needs --enable-parade"):
+        with pytest.raises(ServingConfigError, match="--parade-modules needs --enable-parade"):
             engine_config(parade_modules=modules(adapters, "a"))
 
 
@@ -140,7 +140,7 @@ class TestBadAdapters:
     @pytest.mark.parametrize("served", [None, ["x", "a"]])
     def test_name_of_the_base_model(self, engine_config, adapters, model, served):
         name = "a" if served else model
-        with pytest.raises(ParadeConfigError, match="is the base model's name; rename one of them"):
+        with pytest.raises(ServingConfigError, match="is the base model's name; rename one of them"):
             engine_config(
                 enable_parade=True,
                 served_model_name=served,
@@ -170,14 +170,14 @@ class TestBadAdapters:
     ids=lambda value: value if isinstance(value, str) else None,
 )
 def test_refuses_what_it_cannot_serve_rightly(engine_config, options, flag):
-    with pytest.raises(ParadeConfigError, match=f"^{flag} cannot be used with --enable-parade: "):
+    with pytest.raises(ServingConfigError, match=f"^{flag} cannot be used with --enable-parade: "):
         engine_config(enable_parade=True, **options)
 
 
 @pytest.mark.parametrize("name", ["VLLM_USE_RUST_FRONTEND", "VLLM_ALLOW_RUNTIME_LORA_UPDATING"])
 def test_refuses_environment(engine_config, monkeypatch, name):
     monkeypatch.setenv(name, "1")
-    with pytest.raises(ParadeConfigError, match=f"^{name} cannot be used with --enable-parade: "):
+    with pytest.raises(ServingConfigError, match=f"^{name} cannot be used with --enable-parade: "):
         engine_config(enable_parade=True)
     monkeypatch.setenv(name, "0")
     engine_config(enable_parade=True)
@@ -187,13 +187,13 @@ def test_refuses_other_architectures(engine_config, hf_config, tmp_path):
     from transformers import GPT2Config
 
     GPT2Config(architectures=["GPT2LMHeadModel"]).save_pretrained(tmp_path)
-    with pytest.raises(ParadeConfigError, match="^model architecture GPT2LMHeadModel .*supported are Llama"):
+    with pytest.raises(ServingConfigError, match="^model architecture GPT2LMHeadModel .*supported are Llama"):
         engine_config(enable_parade=True, model=str(tmp_path))
 
 
 def test_refuses_the_transformers_implementation(engine_config):
     """The model's config names LlamaForCausalLM, but vLLM builds a class without the modules that are adjusted."""
-    with pytest.raises(ParadeConfigError, match="^model architecture TransformersForCausalLM .*own implementation"):
+    with pytest.raises(ServingConfigError, match="^model architecture TransformersForCausalLM .*own implementation"):
         engine_config(enable_parade=True, model_impl="transformers")
 
 
@@ -216,7 +216,7 @@ def test_refuses_what_vllm_takes_on_gpus_only(engine_config, section, field, val
     # Properties of the section must see the value too.
     object.__setattr__(part, field, value)
     changed = _Changed(config, section, part)
-    with pytest.raises(ParadeConfigError, match=f"^{flag}"):
+    with pytest.raises(ServingConfigError, match=f"^{flag}"):
         startup.refuse_unsupported(changed)
 
 

@@ -111,7 +111,7 @@ class Arguments(BaseModel, extra="forbid"):
         """PARADE's knobs, the same for all replicas: those that start later know other adapters.
 
         Raises:
-            ParadeConfigError, AdapterError: names the knob or the file, and the remedy.
+            ServingConfigError, AdapterError: names the knob or the file, and the remedy.
         """
         knobs = {name: self.engine[name] for name in ServingConfig.__dataclass_fields__ if name in self.engine}
         config = ServingConfig.from_dict({**knobs, "enable_parade": True, "parade_modules": self.adapters})
@@ -128,7 +128,7 @@ class Arguments(BaseModel, extra="forbid"):
 
     def replica_settings(self) -> dict[str, Any]:
         """Serve's options of the deployment of replicas."""
-        router = {"slots": self.max_num_seqs, "resident": self.serving_config().max_parades}
+        router = {"max_num_seqs": self.max_num_seqs, "resident": self.serving_config().max_parades}
         given = {
             "num_replicas": self.replicas if self.autoscaling is None else None,
             "autoscaling_config": self.autoscaling,

@@ -16,7 +16,7 @@ RETRY_AFTER_S = 1
 
 
 @dataclass(frozen=True)
-class Asked:
+class ClientRequest:
     """A client's request, as it came."""
 
     method: str
@@ -46,7 +46,7 @@ class Asked:
         }
 
 
-async def call(app: App, asked: Asked) -> AsyncIterator[list[Message]]:
+async def call(app: App, asked: ClientRequest) -> AsyncIterator[list[Message]]:
     """What the app sends, as it comes; several messages together where they came faster than they were taken.
 
     A caller that stops early is a client that has gone: the app is told, and ends what it does for it.

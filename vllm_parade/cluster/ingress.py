@@ -18,7 +18,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from vllm_parade.cluster.adapters import AdapterRefused, NotConfirmed, UnknownAdapter
-from vllm_parade.cluster.asgi import Asked, Headers, Message, error, refusal
+from vllm_parade.cluster.asgi import ClientRequest, Headers, Message, error, refusal
 from vllm_parade.config import ParadeModule
 
 # What a replica's death looks like from here.
@@ -143,7 +143,7 @@ class Ingress:
     async def forward(self, path: str, request: Request) -> Response:
         # Without the application's own prefix, which replicas do not know.
         body, query = await request.body(), request.url.query.encode()
-        asked = Asked(request.method, f"/{path}", query, list(request.headers.raw), body, self.adapter(body))
+        asked = ClientRequest(request.method, f"/{path}", query, list(request.headers.raw), body, self.adapter(body))
         messages: list[Message] = []
         stream = self.replicas.answer.remote(asked)
         try:

@@ -15,7 +15,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.metrics import Counter, Gauge
 
 from vllm_parade.cluster import lifeline, logs
-from vllm_parade.cluster.asgi import Asked, Message, call, refusal
+from vllm_parade.cluster.asgi import ClientRequest, Message, call, refusal
 
 logger = logging.getLogger("ray.serve")
 
@@ -72,7 +72,7 @@ class Replica:
                 logger.warning("The list of adapters cannot be reached, trying again: %s", error)
                 await asyncio.sleep(RETRY_S)
 
-    async def answer(self, asked: Asked) -> AsyncIterator[list[Message]]:
+    async def answer(self, asked: ClientRequest) -> AsyncIterator[list[Message]]:
         """What vLLM's app sends for a request.
 
         Raises:

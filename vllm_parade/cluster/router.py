@@ -19,14 +19,14 @@ class AffinityRouter(RequestRouter):
     on demand, and its router keeps a list of them that only its own strategy empties.
     """
 
-    def initialize_state(self, slots: int, resident: int) -> None:
+    def initialize_state(self, max_num_seqs: int, resident: int) -> None:
         """Called by Serve.
 
         Args:
-            slots: requests that an engine runs at a time, vLLM's max_num_seqs
+            max_num_seqs: requests that an engine runs at a time, vLLM's max_num_seqs
             resident: adapters that an engine keeps on its device, --max-parades
         """
-        self.slots, self.resident = slots, resident
+        self.max_num_seqs, self.resident = max_num_seqs, resident
         self.rule: AffinityRule | None = None
         # By replica, the adapters that were last sent there: those on its device, where this router is the only one.
         self.recent: dict[str, OrderedDict[str, None]] = {}
@@ -58,7 +58,7 @@ class AffinityRouter(RequestRouter):
 
     def _rule(self, names: list[str]) -> AffinityRule:
         if self.rule is None or self.rule.replicas != names:
-            self.rule = AffinityRule(names, self.slots)
+            self.rule = AffinityRule(names, self.max_num_seqs)
             self.recent = {name: self.recent.get(name, OrderedDict()) for name in names}
         return self.rule
 

@@ -37,16 +37,16 @@ class AffinityRule:
     """
 
     def __init__(
-        self, replicas: Sequence[str], slots: int, *, slack: float = SLACK, free: int = FREE, seed: int = 0
+        self, replicas: Sequence[str], max_num_seqs: int, *, slack: float = SLACK, free: int = FREE, seed: int = 0
     ) -> None:
         """For `replicas` by name, at least one; loads are given in their order.
 
         Args:
-            slots: requests that a replica's engine runs at a time, vLLM's max_num_seqs
+            max_num_seqs: requests that a replica's engine runs at a time, vLLM's max_num_seqs
         """
         if not replicas:
             raise ValueError("there is no replica to send a request to")
-        self.replicas, self.slots, self.slack, self.free = list(replicas), slots, slack, free
+        self.replicas, self.max_num_seqs, self.slack, self.free = list(replicas), max_num_seqs, slack, free
         self.home = self.spread = self.elsewhere = 0
         self._hashes = np.array([_hash(name) for name in replicas], dtype=np.uint64)
         self._random = random.Random(seed)
@@ -67,7 +67,7 @@ class AffinityRule:
         """Requests under way with which a replica is busy, where all together have `total`."""
         mean = total / len(self.replicas)
         busy = self.slack * mean
-        return max(self.free, min(busy, self.slots) if mean < self.slots else busy)
+        return max(self.free, min(busy, self.max_num_seqs) if mean < self.max_num_seqs else busy)
 
     def choose(self, adapter: str | None, loads: Sequence[int], total: int | None = None) -> int:
         """Place of the replica that gets a request.

@@ -12,7 +12,7 @@ from typing import Any
 
 from vllm_parade import compat
 from vllm_parade.adapter.config import SITES
-from vllm_parade.config import CONFIG_KEY, ParadeConfigError, ServingConfig, flag_name
+from vllm_parade.config import CONFIG_KEY, ServingConfig, ServingConfigError, flag_name
 
 KNOBS = tuple(field.name for field in fields(ServingConfig))
 # Marks knobs that came from a command line, whose errors end the process with one line instead of a traceback.
@@ -26,7 +26,7 @@ def accept_keywords(wrapped: Callable[..., None], instance: Any, args: tuple, kw
         # This seam is installed as soon as vllm_parade is imported; on another vLLM nothing would read the keywords.
         version = compat.installed_version()
         if not compat.is_supported(version):
-            raise ParadeConfigError(compat.unsupported_message(version))
+            raise ServingConfigError(compat.unsupported_message(version))
         additional = dict(kwargs.get("additional_config") or {})
         kwargs["additional_config"] = {**additional, CONFIG_KEY: {**additional.get(CONFIG_KEY, {}), **given}}
     wrapped(*args, **kwargs)

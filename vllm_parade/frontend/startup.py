@@ -18,8 +18,8 @@ from vllm_parade.config import (
     CONFIG_KEY,
     MOST_HOST_ADAPTERS,
     AdditionalConfig,
-    ParadeConfigError,
     ServingConfig,
+    ServingConfigError,
     given_sites,
 )
 from vllm_parade.frontend.arguments import COMMAND_LINE
@@ -61,7 +61,7 @@ def create_engine_config(
             return wrapped(*args, **kwargs)
         vllm_config = wrapped(*args, **kwargs)
         _enable(vllm_config, config, instance.served_model_name)
-    except (ParadeConfigError, AdapterError) as error:
+    except (ServingConfigError, AdapterError) as error:
         if not command_line:
             raise
         logger.error("PARADE: %s", error)
@@ -104,7 +104,7 @@ def _check_names(vllm_config: "VllmConfig", config: ServingConfig, served_names:
     """The model's config knows the first of its names only, but clients get the base model under any of them."""
     for module in config.parade_modules:
         if module.name in (vllm_config.model_config.served_model_name, *served_names):
-            raise ParadeConfigError(
+            raise ServingConfigError(
                 f"--parade-modules names {module.name!r}, which is the base model's name; rename one of them"
             )
 
@@ -133,11 +133,11 @@ def refuse_unsupported(vllm_config: "VllmConfig") -> None:
     """Refuse what would give wrong answers.
 
     Raises:
-        ParadeConfigError: names the flag, the reason and what to do.
+        ServingConfigError: names the flag, the reason and what to do.
     """
     for flag, wanted, reason in _unsupported(vllm_config):
         if wanted:
-            raise ParadeConfigError(f"{flag} cannot be used with --enable-parade: {reason}")
+            raise ServingConfigError(f"{flag} cannot be used with --enable-parade: {reason}")
 
 
 def _unsupported(vllm_config: "VllmConfig") -> list[tuple[str, bool, str]]:

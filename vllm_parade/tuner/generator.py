@@ -7,7 +7,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from vllm_parade.adapter.weights import GeneratorWeights
-from vllm_parade.tuner.instruction import Instruction
+from vllm_parade.tuner.instruction import BatchInstructions
 from vllm_parade.tuner.standard import DownProjection, Observed, Standard
 
 
@@ -27,11 +27,11 @@ class ParadeGenerator(nn.Module, BaseTunerLayer):
     set_adapter: Any
     delete_adapter: Any
 
-    def __init__(self, index: int) -> None:
+    def __init__(self, layer_idx: int) -> None:
         super().__init__()
-        self.index = index
+        self.layer_idx = layer_idx
         # Of the pass that is in this layer now.
-        self.instruction: Instruction | None = None
+        self.instruction: BatchInstructions | None = None
         # While somebody looks at what would be read.
         self.observed: Observed | None = None
         self.down, self.up = nn.ModuleDict(), nn.ModuleDict()

@@ -11,7 +11,7 @@ from vllm_parade.tuner.attention import sequence_lengths
 
 
 @dataclass(frozen=True)
-class Instruction:
+class BatchInstructions:
     """A batch's instructions under an adapter. Travels as a keyword argument to every decoder layer, so that a layer
     that is computed again, as with gradient checkpointing, finds what it found before; later on the KV cache."""
 
@@ -38,7 +38,7 @@ class Instruction:
             return vectors[:, None]
         return vectors.repeat_interleave(torch.tensor(self.lengths, device=vectors.device), dim=0)[None]
 
-    def read(self) -> "Instruction":
+    def read(self) -> "BatchInstructions":
         """The same for passes that come after the one that read the instruction."""
         return replace(self, mask=None)
 

@@ -16,7 +16,7 @@ from vllm_parade.adapter.weights import BaseModelShape, adapted_layers, initial_
 from vllm_parade.ops.reference import generate
 from vllm_parade.tuner.config import ParadeConfig
 from vllm_parade.tuner.generator import ParadeGenerator
-from vllm_parade.tuner.instruction import Instruction, before_labels, combined, packed_lengths
+from vllm_parade.tuner.instruction import BatchInstructions, before_labels, combined, packed_lengths
 from vllm_parade.tuner.layout import layout_of
 from vllm_parade.tuner.standard import Observed
 
@@ -205,7 +205,7 @@ class ParadeModel(BaseTuner):
             if lengths and (cast(Any, backbone).config.use_cache if use_cache is None else use_cache):
                 raise ValueError("position_ids begin anew, as in a packed batch, which needs use_cache=False")
             mask = combined(tokens.shape[:2], tokens.device, *masks, lengths=lengths)
-            instruction = Instruction(adapter, mask, lengths=lengths)
+            instruction = BatchInstructions(adapter, mask, lengths=lengths)
         return args, {**kwargs, ARGUMENT: instruction}
 
     def _end(self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -230,7 +230,7 @@ class ParadeModel(BaseTuner):
             return
         # Rounded as the server rounds them: what is trained is what is served.
         weights = generator.weights(instruction.adapter).to(hidden.device, hidden.dtype)
-        instruction.vectors[generator.index] = generate(
+        instruction.vectors[generator.layer_idx] = generate(
             *instruction.sequences(hidden),
             **vars(weights),
             pooler=config.pooler,
@@ -243,19 +243,19 @@ class ParadeModel(BaseTuner):
     ) -> Tensor:
         """Scale a projection's output by the rows' vectors; outside of an adjusted pass, leave it."""
         instruction = generator.instruction
-        if instruction is None or generator.index not in instruction.vectors:
+        if instruction is None or generator.layer_idx not in instruction.vectors:
             return output
         sites = cast(ParadeConfig, self.peft_config[instruction.adapter]).sites
         if site not in sites:
             return output
-        vectors = instruction.of_tokens(instruction.vectors[generator.index])
+        vectors = instruction.of_tokens(instruction.vectors[generator.layer_idx])
         parts = vectors.split([self._shape.widths[name] for name in sites], dim=-1)
         return self._layout.sites[site].scale(output, parts[sites.index(site)])
 
 
-def _instruction_of(cache: Any, adapter: str) -> Instruction:
+def _instruction_of(cache: Any, adapter: str) -> BatchInstructions:
     """What was read when a KV cache was filled."""
-    instruction: Instruction | None = getattr(cache, ARGUMENT, None)
+    instruction: BatchInstructions | None = getattr(cache, ARGUMENT, None)
     if instruction is None or instruction.adapter != adapter:
         made = "without an adapter" if instruction is None else f"under adapter {instruction.adapter!r}"
         raise ValueError(f"the KV cache was filled {made}, and {adapter!r} is active; begin with an empty one")
