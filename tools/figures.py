@@ -248,7 +248,7 @@ def routing() -> str:
         waits = [f"{mine[rule]['wait_ms_mean']:.0f}" for rule in rules]
         lines.append([f"{share:.0%}", *loads, *waits])
     heads = [f"{what}, {name}" for what in ("loads per request", "mean wait in ms") for name in rules.values()]
-    return table(["slots in use", *heads], lines)
+    return table(["seats in use", *heads], lines)
 
 
 @dataclass(frozen=True)
