@@ -257,20 +257,21 @@ def test_an_adapter_is_in_use_while_its_request_is_still_on_its_way():
     assert engine.resident == ["b"]
 
 
+async def leave_while_loading(engine):
+    """The first client goes away when its adapter is asked for; then another adapter is loaded."""
+    client = asyncio.create_task(engine.send_async("a"))
+    while not engine.calls:
+        await asyncio.sleep(0)
+    client.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await client
+    await ensure_loaded(engine, adapter("b"))
+
+
 def test_a_client_that_goes_away_does_not_end_a_load_halfway():
     """The workers have the adapter by then: the registry must know it, or nobody ever frees its memory."""
     engine = Online(unfinished=False)
-
-    async def leave_while_loading():
-        client = asyncio.create_task(engine.send_async("a"))
-        while not engine.calls:
-            await asyncio.sleep(0)
-        client.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await client
-        await ensure_loaded(engine, adapter("b"))
-
-    asyncio.run(leave_while_loading())
+    asyncio.run(leave_while_loading(engine))
     assert engine.calls == ["/x/a", "/x/b"]
     assert engine.resident == ["a", "b"]
     assert engine.added == []
@@ -279,17 +280,7 @@ def test_a_client_that_goes_away_does_not_end_a_load_halfway():
 def test_a_client_that_goes_away_does_not_keep_workers_from_forgetting():
     engine = Online(unfinished=False)
     engine.answers["/x/a"] = [{"ok": True, "content_hash": "1"}, {"ok": False, "error": "no such folder"}]
-
-    async def leave_while_forgetting():
-        client = asyncio.create_task(engine.send_async("a"))
-        while not engine.calls:
-            await asyncio.sleep(0)
-        client.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await client
-        await ensure_loaded(engine, adapter("b"))
-
-    asyncio.run(leave_while_forgetting())
+    asyncio.run(leave_while_loading(engine))
     assert engine.calls == ["/x/a", ["1"], "/x/b"]
 
 
