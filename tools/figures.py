@@ -46,9 +46,8 @@ def speed() -> str:
     for variant, name in VARIANTS.items():
         cells = []
         for batch in BATCHES:
-            value, base = (
-                figure(SPEED_FILE, "step_ms", one, workload="decode", batch=batch) for one in (variant, "base")
-            )
+            point = {"workload": "decode", "batch": batch}
+            value, base = (figure(SPEED_FILE, "step_ms", one, **point) for one in (variant, "base"))
             if not value or not base:
                 raise ValueError(f"{SPEED_FILE} lacks {variant}, {batch} requests")
             cells.append(rounded(value) + (f" ({value / base:.2f}x)" if variant != "base" else ""))

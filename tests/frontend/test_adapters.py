@@ -11,7 +11,6 @@ from vllm_parade import ParadeRequest
 from vllm_parade.config import AdditionalConfig, ServingConfig
 from vllm_parade.frontend import held, online
 from vllm_parade.frontend.adapters import AdapterRegistry, ensure_loaded
-from vllm_parade.frontend.signatures import argument
 
 
 class FakeEngine:
@@ -288,14 +287,3 @@ def test_an_engine_without_parade_has_no_registry():
     processor = SimpleNamespace(vllm_config=SimpleNamespace(additional_config={}))
     with pytest.raises(VLLMValidationError, match="PARADE is not enabled"):
         AdapterRegistry.of(processor)
-
-
-class TestArgument:
-    def method(self, first, lora_request=None, *, other=None):
-        raise NotImplementedError
-
-    @pytest.mark.parametrize(
-        ("args", "kwargs", "value"), [((1, 2), {}, 2), ((1,), {"lora_request": 3}, 3), ((1,), {}, None), ((), {}, None)]
-    )
-    def test_is_found_however_it_was_passed(self, args, kwargs, value):
-        assert argument(self.method, args, kwargs, "lora_request") == value
