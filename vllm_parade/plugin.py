@@ -23,19 +23,24 @@ class Seam:
     """One wrapped method of vLLM."""
 
     module: str
-    """Module of vLLM that defines the class."""
+    """Module of vLLM that defines it."""
     method: str
-    """Class and method."""
+    """Class and method, or a function."""
     wrapper: str
     """Our function, `module:name`, called as wrapt calls wrappers: (wrapped, instance, args, kwargs)."""
     needs: tuple[str, ...] = ()
     """Parameters of the method that the wrapper relies on."""
 
+    @property
+    def owner(self) -> Any:
+        """The class, or the module of a function."""
+        module = import_module(self.module)
+        class_name = self.method.rpartition(".")[0]
+        return getattr(module, class_name) if class_name else module
+
     def install(self) -> None:
         """Wrap the method, once."""
-        class_name, method_name = self.method.split(".")
-        owner = getattr(import_module(self.module), class_name)
-        if getattr(owner.__dict__[method_name], "_self_parade_seam", False):
+        if getattr(vars(self.owner)[self.method.rpartition(".")[2]], "_self_parade_seam", False):
             return
         wrapper_module, wrapper_name = self.wrapper.split(":")
         wrapper = getattr(import_module(wrapper_module), wrapper_name)
@@ -92,6 +97,12 @@ SEAMS = (
         "InputProcessor.process_inputs",
         f"{FRONTEND}.inputs:process_inputs",
         ("params", "lora_request", "resumable"),
+    ),
+    Seam(
+        "vllm.v1.core.kv_cache_utils",
+        "_gen_prompt_embeds_extra_hash_keys",
+        "vllm_parade.scheduler.block_keys:add_turn_keys",
+        ("request", "start_token_idx", "end_token_idx"),
     ),
     Seam(
         "vllm.v1.metrics.loggers", "StatLoggerManager.__init__", f"{FRONTEND}.metrics:add_stat_logger", ("vllm_config",)

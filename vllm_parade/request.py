@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The values that travel: which adapter a request wants, and what the scheduler tells the workers about a step."""
 
+import sys
+from bisect import bisect_right
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 # Key of a PARADE request in SamplingParams.extra_args, and name of the plan on SchedulerOutput.
@@ -71,34 +74,82 @@ class ParadeRequest:
         return 1
 
 
-# Vectors depend on the adapter's content and on the instruction's tokens, and on nothing else.
+# Vectors depend on the adapter's content and on what the digest covers, and on nothing else.
 InstructionKey = tuple[str, str]
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """What a generator must do for a request: read the first `tokens` of its prompt under `adapter`."""
+    """The tokens [start, end) of a prompt, which the generators of `adapter` read."""
 
     adapter: str
     """Content hash of the adapter."""
-    tokens: int
+    start: int
+    end: int
     digest: str
-    """Hash of those tokens."""
+    """Hash of the prompt up to `end`, of its turns up to this one, and of the client's cache salt."""
 
     @property
     def key(self) -> InstructionKey:
-        """What two instructions have in common that have the same vectors."""
+        """Instructions with equal keys have equal vectors."""
         return self.adapter, self.digest
 
-    def to_extra_args(self) -> dict[str, str | int]:
+    @property
+    def tokens(self) -> int:
+        """Number of tokens."""
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """The turns of a request's prompt under an adapter, found when the request is admitted.
+
+    Turn i reaches from the start of instruction i to the start of the next one, the last turn to the end of the
+    sequence. Tokens before the first instruction are the base model's.
+    """
+
+    instructions: tuple[Instruction, ...]
+
+    @property
+    def adapter(self) -> str:
+        """Content hash of the adapter."""
+        return self.instructions[0].adapter
+
+    @cached_property
+    def starts(self) -> list[int]:
+        """Where the turns start."""
+        return [instruction.start for instruction in self.instructions]
+
+    def turn_at(self, position: int) -> int:
+        """Number of the turn that a token belongs to; -1 for a token of the base model."""
+        return bisect_right(self.starts, position) - 1
+
+    def start_of(self, turn: int) -> int:
+        """Where a turn starts; beyond any sequence for the turn after the last one."""
+        return self.starts[turn] if turn < len(self.starts) else sys.maxsize
+
+    def to_extra_args(self) -> dict[str, Any]:
         """The form that crosses from front end to engine core (msgpack carries no classes)."""
-        return {"adapter": self.adapter, "tokens": self.tokens, "digest": self.digest}
+        turns = [[instruction.start, instruction.end, instruction.digest] for instruction in self.instructions]
+        return {"adapter": self.adapter, "turns": turns}
 
     @classmethod
-    def from_extra_args(cls, extra_args: dict | None) -> "Instruction | None":
+    def from_extra_args(cls, extra_args: dict | None) -> "Conversation | None":
         """Read a request's `SamplingParams.extra_args`; None for a request of the base model."""
         values = (extra_args or {}).get(EXTRA_ARGS_KEY)
-        return None if values is None else cls(**values)
+        if values is None:
+            return None
+        return cls(tuple(Instruction(values["adapter"], *turn) for turn in values["turns"]))
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A generator's work in a step: read an instruction and write its vectors into `row`."""
+
+    instruction: Instruction
+    offset: int
+    """First token of the instruction, counted from the request's first token in the step."""
+    row: int
 
 
 @dataclass(frozen=True)
@@ -106,17 +157,19 @@ class StepPlan:
     """What the scheduler tells the workers about one step."""
 
     rows: dict[str, int]
-    """Row of every scheduled PARADE request, by request id."""
-    instructions: dict[str, Instruction]
-    """Requests whose instruction passes in this step, so that their row must be generated."""
+    """Row that scales the tokens of a request, by request id; requests that are left out have the identity row."""
+    readings: dict[str, Reading]
+    """Instructions that pass in this step, so that their row must be generated, by request id."""
+    borders: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Requests whose tokens of this step belong to two turns: number of tokens before the second turn, and its row."""
     slots: dict[str, int] = field(default_factory=dict)
     """Slot of every adapter that reads one of these instructions, by content hash."""
     upcoming: dict[str, int] = field(default_factory=dict)
-    """Slots for the adapters of waiting requests, filled while this step runs; the one needed first is the first. This
-    step does not read them."""
+    """Slots for the adapters of waiting requests, filled while this step runs, the first needed first. This step does
+    not read them."""
 
 
-EMPTY_PLAN = StepPlan(rows={}, instructions={})
+EMPTY_PLAN = StepPlan(rows={}, readings={})
 
 
 def plan_of(scheduler_output: Any) -> StepPlan:
@@ -130,6 +183,6 @@ def plan_of(scheduler_output: Any) -> StepPlan:
         return plan
     for request in scheduler_output.scheduled_new_reqs:
         params = request.sampling_params
-        if params is not None and Instruction.from_extra_args(params.extra_args) is not None:
+        if params is not None and Conversation.from_extra_args(params.extra_args) is not None:
             raise RuntimeError(f"request {request.req_id} names an adapter, but the step has no PARADE plan")
     return EMPTY_PLAN

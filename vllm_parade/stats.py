@@ -25,6 +25,8 @@ class RowCounts:
     """Requests whose instruction was read by a generator into a row."""
     evictions: int = 0
     """Rows taken from an instruction that no running request used, for another one."""
+    shared_base_tokens: int = 0
+    """Prompt tokens before a first turn that the prefix cache held."""
 
     def __sub__(self, before: "RowCounts") -> "RowCounts":
         """What was counted since then."""

@@ -19,10 +19,14 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
-from vllm_parade.request import EXTRA_ARGS_KEY, PLAN_ATTRIBUTE, Instruction, StepPlan
+from vllm_parade.adapter.turns import TurnMarkers, find_turns, turn_digests
+from vllm_parade.request import EXTRA_ARGS_KEY, PLAN_ATTRIBUTE, Conversation, Instruction, StepPlan
 from vllm_parade.scheduler import ParadeAsyncScheduler, ParadeScheduler
 
 BLOCK = 4
+# The token that stands for every answer, and those that mark a turn.
+ANSWER, USER, ASSISTANT = 7, 1, 2
+MARKERS = TurnMarkers(start=(USER,), end=(ASSISTANT,))
 
 
 SCHEDULE = inspect.getsource(vllm_scheduler.Scheduler.schedule)
@@ -58,17 +62,24 @@ class Engine:
     plan: StepPlan | None = None
     """Of the last step."""
 
-    def add(self, name, prompt, adapter=None, instruction=None, max_tokens=99, tokens=None, **options):
-        """A request with a prompt of `prompt` tokens, under an adapter or none."""
+    def add(
+        self, name, prompt, adapter=None, instruction=None, max_tokens=99, tokens=None, *, marked=False, salt="", **options
+    ):
+        """A request with a prompt of `prompt` tokens, under an adapter or none, which marks its turns or does not."""
         tokens = tokens or [ord(name)] * prompt
-        length = instruction or prompt
-        extra = adapter and {EXTRA_ARGS_KEY: Instruction(adapter, length, str(tokens[:length])).to_extra_args()}
+        extra = None
+        if adapter is not None:
+            turns = find_turns(tokens[: instruction or prompt], MARKERS if marked else None)
+            read = zip(turns, turn_digests(tokens, turns, salt), strict=True)
+            conversation = Conversation(tuple(Instruction(adapter, *turn, digest) for turn, digest in read))
+            extra = {EXTRA_ARGS_KEY: conversation.to_extra_args()}
         request = Request(
             request_id=name,
             prompt_token_ids=tokens,
             sampling_params=SamplingParams(max_tokens=max_tokens, ignore_eos=True, extra_args=extra),
             pooling_params=None,
             block_hasher=get_request_block_hasher(BLOCK, sha256),
+            cache_salt=salt or None,
             **options,
         )
         self.scheduler.add_request(request)
@@ -76,17 +87,15 @@ class Engine:
     def step(self):
         """One step, as a line of a table: scheduled tokens, running, waiting, rows, instructions that passed."""
         output = self.scheduler.schedule()
-        rows = {
-            name: self.scheduler.rows.row(name) for name in self.scheduler.requests if self.scheduler.rows.holds(name)
-        }
         self.plan = plan = getattr(output, PLAN_ATTRIBUTE)
-        assert plan.rows == {name: rows[name] for name in output.num_scheduled_tokens if name in rows}
+        held = self.scheduler.rows.held
+        rows = {name: row for name in self.scheduler.requests for row in held(name)}
         line = (
             dict(output.num_scheduled_tokens),
             "".join(request.request_id for request in self.scheduler.running),
             "".join(request.request_id for request in self.scheduler.waiting),
             rows,
-            "".join(plan.instructions),
+            "".join(plan.readings),
         )
         self.in_flight.append((output, self._answer(output)))
         if len(self.in_flight) > self.pipeline:
@@ -99,7 +108,7 @@ class Engine:
         return ModelRunnerOutput(
             req_ids=names,
             req_id_to_index={name: index for index, name in enumerate(names)},
-            sampled_token_ids=[[] if partial[name] else [7] for name in names],
+            sampled_token_ids=[[] if partial[name] else [ANSWER] for name in names],
         )
 
     def expect(self, *table):

@@ -16,9 +16,9 @@ def test_more_adapters_than_slots_take_turns(make_engine):
     for name, adapter in zip("ghijk", "BCDEA", strict=True):
         engine.add(name, 2, adapter, max_tokens=1)
     engine.step()
-    assert (list(engine.plan.instructions), engine.plan.upcoming) == (["g", "h", "i", "j"], {})
+    assert (list(engine.plan.readings), engine.plan.upcoming) == (["g", "h", "i", "j"], {})
     engine.step()
-    assert list(engine.plan.instructions) == ["k"]
+    assert list(engine.plan.readings) == ["k"]
 
 
 def test_one_slot_is_enough(make_engine):
@@ -27,7 +27,7 @@ def test_one_slot_is_enough(make_engine):
         engine.add(name, 2, name.upper(), max_tokens=1)
     for name in "abc":
         engine.step()
-        assert ("".join(engine.plan.instructions), engine.plan.slots) == (name, {name.upper(): 0})
+        assert ("".join(engine.plan.readings), engine.plan.slots) == (name, {name.upper(): 0})
         assert engine.plan.upcoming == {}
 
 
@@ -39,7 +39,7 @@ def test_plan_names_the_adapters_that_come_next(make_engine):
     plans = []
     for _ in range(4):
         engine.step()
-        plans.append(("".join(engine.plan.instructions), "".join(engine.plan.upcoming)))
+        plans.append(("".join(engine.plan.readings), "".join(engine.plan.upcoming)))
     assert plans == [("ab", "YZW"), ("c", "ZWV"), ("ef", "WV"), ("gh", "")]
 
 

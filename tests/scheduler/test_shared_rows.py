@@ -5,8 +5,8 @@ TOKENS = list(range(13))
 
 
 def again(engine, name, adapter="C", **options):
-    """A request whose prompt is TOKENS, under C's salt."""
-    engine.add(name, 13, adapter, tokens=TOKENS, cache_salt="salt" if adapter else None, **options)
+    """A request whose prompt is TOKENS."""
+    engine.add(name, 13, adapter, tokens=TOKENS, **options)
 
 
 def test_prefix_cache_counts_where_a_row_is(make_engine):
@@ -96,7 +96,7 @@ def test_another_adapter_shares_nothing(make_engine):
     engine = make_engine(step_tokens=64)
     again(engine, "a")
     engine.expect(({"a": 13}, "a", "", {"a": 1}, "a"))
-    engine.add("b", 13, "D", tokens=TOKENS, cache_salt="another")
+    engine.add("b", 13, "D", tokens=TOKENS)
     engine.expect(({"a": 1, "b": 13}, "ab", "", {"a": 1, "b": 2}, "b"))
 
 

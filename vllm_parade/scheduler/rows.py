@@ -2,17 +2,17 @@
 """The vector rows. A row holds the adjusting vectors of one instruction under one adapter, in every layer, on every
 worker."""
 
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 
 from vllm_parade.request import IDENTITY_ROW, InstructionKey
 
 
 class RowCache:
-    """Which row holds which instruction's vectors, and which requests use it.
+    """Maps instructions to rows, and counts the requests that use each row.
 
-    Running requests hold their row. One that nobody holds stays, for the next request with the same instruction, until
-    it is the least recently used one when a row is needed. Row 0 is the identity: requests of the base model and
-    padding use it.
+    A request holds the row of the turn whose tokens it computes. A row that no request holds stays cached until it is
+    evicted. Rows are evicted in the order of last use, but rows of turns that a conversation has passed go first: its
+    next request needs only the last turn's. Row 0 is the identity row, for requests of the base model and padding.
     """
 
     def __init__(self, num_rows: int) -> None:
@@ -20,35 +20,49 @@ class RowCache:
         self._free = list(range(num_rows - 1, IDENTITY_ROW, -1))
         self._rows: dict[InstructionKey, int] = {}
         self._idle: OrderedDict[InstructionKey, int] = OrderedDict()
-        self._held: dict[str, tuple[InstructionKey, int]] = {}
+        self._held: dict[str, dict[InstructionKey, int]] = defaultdict(dict)
         self._holders: dict[int, int] = {}
         self.hits = 0
         self.misses = 0
         self.evictions = 0
 
     def __contains__(self, key: InstructionKey) -> bool:
-        """Whether some row holds these vectors, or will when the steps that are planned have run."""
+        """Whether a row holds these vectors, or will when the planned steps have run."""
         return key in self._rows
 
     def __len__(self) -> int:
-        """Rows that requests hold."""
+        """Number of rows that requests hold."""
         return len(self._holders)
 
-    def holds(self, request_id: str) -> bool:
-        """Whether a request holds a row."""
-        return request_id in self._held
+    @property
+    def available(self) -> int:
+        """Number of rows that no request holds."""
+        return len(self._free) + len(self._idle)
 
-    def row(self, request_id: str) -> int:
-        """The row that a request holds."""
-        return self._held[request_id][1]
+    @property
+    def num_holders(self) -> int:
+        """Number of requests that hold a row."""
+        return len(self._held)
+
+    def holds(self, request_id: str, key: InstructionKey) -> bool:
+        """Whether a request holds the row of an instruction."""
+        return key in self._held.get(request_id, ())
+
+    def held(self, request_id: str) -> list[int]:
+        """All rows that a request holds."""
+        return list(self._held.get(request_id, {}).values())
+
+    def row(self, request_id: str, key: InstructionKey) -> int:
+        """The row of an instruction, which the request holds."""
+        return self._held[request_id][key]
 
     def acquire(self, request_id: str, key: InstructionKey) -> int:
-        """Let a request hold the row of an instruction that has one."""
+        """Let a request hold the cached row of an instruction."""
         self.hits += 1
         return self._hold(request_id, key, self._rows[key])
 
     def allocate(self, request_id: str, key: InstructionKey) -> int:
-        """Let a request hold a row that is to be written, taking the least recently used idle one if none is free."""
+        """Let a request hold a row for an instruction that has none, which is to be written."""
         assert key not in self._rows, f"instruction {key} has a row already"
         self.misses += 1
         if self._free:
@@ -61,28 +75,39 @@ class RowCache:
         return self._hold(request_id, key, row)
 
     def _hold(self, request_id: str, key: InstructionKey, row: int) -> int:
-        assert request_id not in self._held, f"request {request_id} has a row already"
+        held = self._held[request_id]
+        assert key not in held, f"request {request_id} holds the row of {key} already"
         self._idle.pop(key, None)
-        self._held[request_id] = key, row
+        held[key] = row
         self._holders[row] = self._holders.get(row, 0) + 1
         return row
 
     def release(self, request_id: str) -> None:
-        """Take a request's hold away: it ended, or is preempted. A request without one is left alone."""
-        if request_id not in self._held:
-            return
-        key, row = self._held.pop(request_id)
+        """End a request's hold: it has finished, or is preempted. A request without one is left alone."""
+        for key, row in self._held.pop(request_id, {}).items():
+            self._let_go(key, row, passed=False)
+
+    def pass_by(self, request_id: str, key: InstructionKey) -> None:
+        """End a request's hold on the row of a turn whose tokens are all computed."""
+        held = self._held[request_id]
+        self._let_go(key, held.pop(key), passed=True)
+        if not held:
+            del self._held[request_id]
+
+    def _let_go(self, key: InstructionKey, row: int, *, passed: bool) -> None:
         self._holders[row] -= 1
         if self._holders[row]:
             return
         del self._holders[row]
-        if self._rows.get(key) == row:
-            self._idle[key] = row
-        else:
+        if self._rows.get(key) != row:
             self._free.append(row)
+            return
+        self._idle[key] = row
+        if passed:
+            self._idle.move_to_end(key, last=False)
 
     def forget(self) -> None:
-        """Let nobody find any row again, as when weights have changed. Those that hold one keep it to their end."""
+        """Forget all cached rows, as when weights have changed. A row in use is kept until its holds end."""
         self._free += self._idle.values()
         self._idle.clear()
         self._rows.clear()

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """What PARADE adds to vLLM's scheduler.
 
-A request's vectors are read off its whole instruction, layer by layer, while the instruction passes through the model.
-So where no row holds them yet a request is scheduled with its whole instruction in one step or not at all, and no
-cached keys and values count for it. Where one does, since another request had the same instruction, or this one before
-it was preempted, the request is scheduled like any other: in chunks, or from the prefix cache. Requests of the base
-model are vLLM's own business.
+A request's vectors are generated from whole instructions, layer by layer, while an instruction passes through the
+model. An instruction whose vectors no row holds is therefore scheduled whole, in one step, and the prefix cache counts
+only up to its turn's start. Everything else is scheduled as by vLLM: base requests, tokens before the first turn, and
+turns whose row is cached.
 
-Who comes first is vLLM's business too (order of arrival, or priority), so no adapter holds slots or rows for ever: a
-slot is held for one step, a row while its request runs. But an instruction passes whole, and what runs takes its tokens
-of every step first. So that a long one is not kept waiting while the rest goes on, running requests take a smaller
-share of one step, or none, once an instruction has found no room in PATIENCE steps.
+Which request comes first is vLLM's decision (arrival or priority). An adapter holds a slot for one step; a request
+holds the row of the turn that it computes. Running requests take tokens before waiting ones, so a long instruction
+could wait for ever for a step with enough room: once an instruction has found no room in PATIENCE steps, running
+requests leave its tokens free in one step.
 """
 
 from collections.abc import Collection
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,10 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.request import RequestStatus
 
 from vllm_parade.config import ServingConfig, drafting_slots, step_tokens
-from vllm_parade.request import PLAN_ATTRIBUTE, Instruction, InstructionKey, StepPlan
+from vllm_parade.request import PLAN_ATTRIBUTE, Conversation, Instruction, InstructionKey, StepPlan
+from vllm_parade.scheduler.assignment import ScheduledTokens, assign_rows
+from vllm_parade.scheduler.block_keys import conversation_of
+from vllm_parade.scheduler.chunks import next_chunk
 from vllm_parade.scheduler.rows import RowCache
 from vllm_parade.scheduler.slots import SlotCache
 from vllm_parade.stats import RowCounts
@@ -36,18 +39,6 @@ else:
 
 # Steps in which an instruction may find no room before running requests make some.
 PATIENCE = 4
-# Of a vLLM request: its instruction.
-ATTRIBUTE = "parade_instruction"
-
-
-def instruction_of(request: "Request") -> Instruction | None:
-    """The instruction of a PARADE request; None for a request of the base model."""
-    # Asked for in every step, so kept on the request.
-    known: dict[str, Any] = vars(request)
-    if ATTRIBUTE not in known:
-        known[ATTRIBUTE] = Instruction.from_extra_args(request.sampling_params and request.sampling_params.extra_args)
-    instruction: Instruction | None = known[ATTRIBUTE]
-    return instruction
 
 
 class ParadeSchedulerMixin(Base):
@@ -59,24 +50,35 @@ class ParadeSchedulerMixin(Base):
         self.rows = RowCache(config.num_rows(self.scheduler_config.max_num_seqs))
         self.slots = SlotCache(config.max_parades)
         # An adapter that has a slot joins a step while slots last. One that must be copied into a slot first joins
-        # while half of them are left: the other half is filled while the step runs, so that only the first step of a
-        # crowd waits for its copies.
+        # while half of them are left: the other half is filled while the step runs, so only the first step of a
+        # burst waits for its copies.
         self.max_cold_adapters_per_step = max(1, config.max_parades // 2)
         self.step_adapters: set[str] = set()
-        # Requests that may be the ones to read an instruction in this step; only those that run by then do.
+        # Requests that may read an instruction in this step; only those that are running by then do.
         self.step_readers: dict[InstructionKey, Request] = {}
-        # The request at the head of those whose instruction found no room, and in how many steps.
+        # The next instructions, by turn, that requests running in this step read in later steps.
+        self.step_ahead: list[tuple[int, InstructionKey]] = []
+        # Rows that this step may give to requests that hold one already.
+        self.spare_rows = 0
+        # Rows of running requests that compute their last turn.
+        self.settled: dict[str, int] = {}
+        # The first request whose instruction found no room, and in how many steps.
         self.squeezed: Request | None = None
         self.squeezed_steps = 0
         self.step_squeezed: Request | None = None
-        # Tokens of this step that running requests may take, drafting slots included; None where they are free to.
+        # Tokens of this step that running requests may take, drafting slots included; None for no limit.
         self.share: int | None = None
         self.drafting = drafting_slots(self.vllm_config)
+        # Prompt tokens before a first turn that were found in the prefix cache.
+        self.shared_base_tokens = 0
 
     def schedule(self, *args: Any, **kwargs: Any) -> "SchedulerOutput":
         """Plan a step; the adapters that read instructions in it must fit on the device together."""
         self.step_adapters.clear()
         self.step_readers.clear()
+        self.step_ahead.clear()
+        # Every request that holds no row can get one.
+        self.spare_rows = self.rows.available - (self.max_num_running_reqs - self.rows.num_holders)
         self.step_squeezed = None
         self.share = self._share_of_running()
         output = super().schedule(*args, **kwargs)
@@ -95,11 +97,20 @@ class ParadeSchedulerMixin(Base):
         request = self.squeezed
         if request is None or request.is_finished() or self.squeezed_steps < PATIENCE:
             return None
-        can_start = request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
-        if not can_start or not self._admits_requests():
+        conversation = conversation_of(request)
+        if conversation is None:
             return None
-        instruction = self._unread(request)
-        return None if instruction is None else step_tokens(self.vllm_config) - instruction.tokens
+        position = request.num_computed_tokens
+        if request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED):
+            if not self._admits_requests():
+                return None
+            found = self.kv_cache_manager.get_computed_blocks(request)
+            _, position = self._with_vectors(request, conversation, *found[:2])
+        elif request.status != RequestStatus.RUNNING:
+            return None
+        turn = conversation.turn_at(position)
+        unread = self._unread_tokens(request, conversation.instructions[turn]) if turn >= 0 else 0
+        return step_tokens(self.vllm_config) - unread if unread else None
 
     def _admits_requests(self) -> bool:
         """Whether vLLM lets waiting requests start in the next step: its own two conditions."""
@@ -113,80 +124,139 @@ class ParadeSchedulerMixin(Base):
         room = self.scheduler_config.max_num_batched_tokens - inputs
         return tokens >= self.max_num_scheduled_tokens or room <= self.drafting
 
-    def _unread(self, request: "Request") -> Instruction | None:
-        """The instruction that a request must read itself; None if a row holds its vectors, or needs to hold none."""
-        if self.rows.holds(request.request_id):
-            return None
-        instruction = instruction_of(request)
-        if instruction is None or instruction.key in self.rows:
-            return None
+    def _has_vectors(self, request: "Request", instruction: Instruction) -> bool:
+        """Whether a row holds an instruction's vectors, or will when the request's next tokens are computed."""
+        if instruction.key in self.rows or self.rows.holds(request.request_id, instruction.key):
+            return True
+        # vLLM may preempt a running request that it has just scheduled, but not once it schedules waiting ones.
         reader = self.step_readers.get(instruction.key)
-        # A reader that runs was scheduled in this very step; its row is written before anybody's token is scaled.
-        return None if reader is not None and reader.status == RequestStatus.RUNNING else instruction
+        return request.status != RequestStatus.RUNNING and reader is not None and reader.status == RequestStatus.RUNNING
+
+    def _unread_tokens(self, request: "Request", instruction: Instruction) -> int:
+        """Tokens of an instruction that must be read; 0 if its vectors exist."""
+        return 0 if self._has_vectors(request, instruction) else instruction.tokens
+
+    def _handle_blocked_waiting_request(self, request: "Request", *args: Any, **kwargs: Any) -> bool:
+        ready = super()._handle_blocked_waiting_request(request, *args, **kwargs)
+        return ready and not self._is_read_by_another(request)
+
+    def _is_read_by_another(self, request: "Request") -> bool:
+        """Whether a running request is about to read an instruction that this one needs too.
+
+        Such a request waits: a running request never looks into the prefix cache again, and would compute every later
+        turn itself.
+        """
+        if not self.step_ahead or (conversation := conversation_of(request)) is None:
+            return False
+        instructions = conversation.instructions
+        return any(turn < len(instructions) and instructions[turn].key == key for turn, key in self.step_ahead)
 
     def _get_local_prefix_cache_hit(self, request: "Request", *args: Any, **kwargs: Any) -> Any:
-        if self._unread(request) is None:
-            return super()._get_local_prefix_cache_hit(request, *args, **kwargs)
-        # Cached keys and values would skip tokens that the generators must read.
-        skip, request.skip_reading_prefix_cache = request.skip_reading_prefix_cache, True
-        try:
-            return super()._get_local_prefix_cache_hit(request, *args, **kwargs)
-        finally:
-            request.skip_reading_prefix_cache = skip
+        found = super()._get_local_prefix_cache_hit(request, *args, **kwargs)
+        conversation = conversation_of(request)
+        if conversation is None:
+            return found
+        blocks, position, *more = found
+        return *self._with_vectors(request, conversation, blocks, position), *more
+
+    def _with_vectors(
+        self, request: "Request", conversation: Conversation, blocks: Any, position: int
+    ) -> tuple[Any, int]:
+        """The longest part of a prefix hit behind which the request can go on.
+
+        The next tokens of a turn need its vectors. Where no row holds them, the turn's instruction must be computed
+        again. A hit up to the turn's start may end inside the turn before.
+        """
+        manager = self.kv_cache_manager
+        while (turn := conversation.turn_at(position)) >= 0 and position > conversation.starts[turn]:
+            if self._has_vectors(request, conversation.instructions[turn]):
+                break
+            if conversation.starts[turn] == 0:
+                return manager.empty_kv_cache_blocks, 0
+            hit = manager.coordinator.find_longest_cache_hit(request.block_hashes, conversation.starts[turn])
+            blocks, position = manager.create_kv_cache_blocks(hit[0]), hit[1]
+        return blocks, position
 
     def _reserve_prefill_lookahead(self, request: "Request", num_computed_tokens: int, num_new_tokens: int) -> int:
-        if request.status == RequestStatus.RUNNING:
-            # Whoever runs holds a row, or needs none.
-            if self.share is not None:
-                num_new_tokens = max(0, min(num_new_tokens, self.share - self.drafting))
-                self.share -= num_new_tokens + self.drafting if num_new_tokens else 0
-        elif (instruction := self._unread(request)) is not None:
-            if num_new_tokens < instruction.tokens:
-                self.step_squeezed = self.step_squeezed or request
-            if num_computed_tokens > 0 or num_new_tokens < instruction.tokens or not self._can_generate(instruction):
-                return 0
+        limited = self.share is not None and request.status == RequestStatus.RUNNING and request is not self.squeezed
+        if limited:
+            num_new_tokens = max(0, min(num_new_tokens, self.share - self.drafting))
+        conversation = conversation_of(request)
+        if conversation is not None and request.request_id not in self.settled:
+            num_new_tokens = self._within_turns(request, conversation, num_computed_tokens, num_new_tokens)
+        num_new_tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
+        if limited and num_new_tokens:
+            self.share -= num_new_tokens + self.drafting
+        return num_new_tokens
+
+    def _within_turns(self, request: "Request", conversation: Conversation, position: int, offered: int) -> int:
+        chunk = next_chunk(
+            conversation,
+            position,
+            offered,
+            partial(self._has_vectors, request),
+            can_read=self._can_generate(conversation.adapter),
+            can_cross=self.spare_rows > 0,
+        )
+        end, turn = position + chunk.tokens, conversation.turn_at(position)
+        if turn >= 0 and end > conversation.start_of(turn + 1):
+            self.spare_rows -= 1
+        if chunk.reading is not None:
+            self.step_adapters.add(conversation.adapter)
+            self.step_readers[chunk.reading.key] = request
             if request is self.squeezed:
                 self.squeezed = None
-            self.step_adapters.add(instruction.adapter)
-            self.step_readers[instruction.key] = request
-        return super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
+        elif (
+            chunk.tokens == 0 and turn >= 0 and offered < self._unread_tokens(request, conversation.instructions[turn])
+        ):
+            self.step_squeezed = self.step_squeezed or request
+        if chunk.tokens or request.status == RequestStatus.RUNNING:
+            self._note_ahead(request, conversation, end)
+        return chunk.tokens
 
-    def _can_generate(self, instruction: Instruction) -> bool:
-        if instruction.adapter in self.step_adapters:
+    def _note_ahead(self, request: "Request", conversation: Conversation, end: int) -> None:
+        """Note the next instruction that a running request is to read, if nobody has read it."""
+        turn = conversation.turn_at(end - 1) + 1 if end else 0
+        if turn < len(conversation.instructions):
+            instruction = conversation.instructions[turn]
+            if not self._has_vectors(request, instruction):
+                self.step_ahead.append((turn, instruction.key))
+
+    def _can_generate(self, adapter: str) -> bool:
+        if adapter in self.step_adapters:
             return True
-        is_cold = instruction.adapter not in self.slots
+        is_cold = adapter not in self.slots
         return len(self.step_adapters) < (self.max_cold_adapters_per_step if is_cold else self.slots.num_slots)
 
     def _update_after_schedule(self, scheduler_output: "SchedulerOutput") -> None:
+        for new in scheduler_output.scheduled_new_reqs:
+            request = self.requests[new.req_id]
+            conversation = conversation_of(request)
+            if conversation is not None and not request.num_preemptions:
+                self.shared_base_tokens += min(new.num_computed_tokens, conversation.starts[0])
         setattr(scheduler_output, PLAN_ATTRIBUTE, self._plan(scheduler_output.num_scheduled_tokens))
         super()._update_after_schedule(scheduler_output)
 
     def _plan(self, scheduled: dict[str, int]) -> StepPlan:
-        rows, unread = {}, {}
-        # First those that hold or find a row, so that making room for the others takes none of these.
-        for name in scheduled:
-            if self.rows.holds(name):
-                rows[name] = self.rows.row(name)
-            elif (instruction := instruction_of(self.requests[name])) is None:
-                continue
-            elif instruction.key in self.rows:
-                rows[name] = self.rows.acquire(name, instruction.key)
-            else:
-                unread[name] = instruction
-        instructions = {}
-        for name, instruction in unread.items():
-            if instruction.key in self.rows:
-                rows[name] = self.rows.acquire(name, instruction.key)
-                continue
-            if self.requests[name].num_computed_tokens > 0 or scheduled[name] < instruction.tokens:
-                raise RuntimeError(f"request {name} was scheduled with a part of its instruction")
-            rows[name] = self.rows.allocate(name, instruction.key)
-            instructions[name] = instruction
-        adapters = dict.fromkeys(instruction.adapter for instruction in instructions.values())
+        settled: dict[str, int] = {}
+        others: list[ScheduledTokens] = []
+        for name, tokens in scheduled.items():
+            # Most requests decode: their row does not change any more.
+            row = self.settled.get(name)
+            if row is not None:
+                settled[name] = row
+            elif (conversation := conversation_of(request := self.requests[name])) is not None:
+                others.append(ScheduledTokens(name, conversation, request.num_computed_tokens, tokens))
+        rows, readings, borders = assign_rows(self.rows, others)
+        for request in others:
+            last = request.conversation.instructions[-1]
+            if self.rows.holds(request.request_id, last.key):
+                self.settled[request.request_id] = self.rows.row(request.request_id, last.key)
+        adapters = dict.fromkeys(reading.instruction.adapter for reading in readings.values())
         slots = self.slots.activate(adapters)
         # Workers pass over a step without tokens, and what it would have copied.
         upcoming = self.slots.activate(self._upcoming(adapters)) if scheduled else {}
-        return StepPlan(rows, instructions, slots, upcoming)
+        return StepPlan({**settled, **rows}, readings, borders, slots, upcoming)
 
     def _upcoming(self, adapters: Collection[str]) -> Collection[str]:
         """Adapters of the next instructions to come, for the slots that those of this step leave."""
@@ -194,18 +264,24 @@ class ParadeSchedulerMixin(Base):
         for request in islice(self.waiting, self.max_num_running_reqs):
             if len(adapters) + len(upcoming) == self.slots.num_slots:
                 break
-            instruction = self._unread(request)
-            if instruction is not None and instruction.adapter not in adapters:
-                upcoming[instruction.adapter] = None
+            conversation = conversation_of(request)
+            if conversation is None or conversation.adapter in adapters:
+                continue
+            if not self._has_vectors(request, conversation.instructions[-1]):
+                upcoming[conversation.adapter] = None
         return upcoming
 
     def _preempt_request(self, request: "Request", *args: Any, **kwargs: Any) -> Any:
-        self.rows.release(request.request_id)
+        self._release_row(request)
         return super()._preempt_request(request, *args, **kwargs)
 
     def _free_request(self, request: "Request", *args: Any, **kwargs: Any) -> Any:
-        self.rows.release(request.request_id)
+        self._release_row(request)
         return super()._free_request(request, *args, **kwargs)
+
+    def _release_row(self, request: "Request") -> None:
+        self.settled.pop(request.request_id, None)
+        self.rows.release(request.request_id)
 
     def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
         """Drop cached keys and values, and cached vectors, which were made of the same weights."""
@@ -217,5 +293,5 @@ class ParadeSchedulerMixin(Base):
         """A step's stats, with the row counts on them; None where stats are off."""
         stats = super().make_stats(*args, **kwargs)
         if stats is not None:
-            RowCounts(self.rows.hits, self.rows.misses, self.rows.evictions).put(stats)
+            RowCounts(self.rows.hits, self.rows.misses, self.rows.evictions, self.shared_base_tokens).put(stats)
         return stats

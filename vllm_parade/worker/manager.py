@@ -81,13 +81,31 @@ class ParadeManager:
         self.slots.activate(plan.slots)
         rows = [plan.rows.get(request_id, IDENTITY_ROW) for request_id in request_ids]
         tokens = [num_tokens[request_id] for request_id in request_ids]
-        jobs = []
         # Most steps only decode.
-        if plan.instructions:
-            for request_id, row, start in zip(request_ids, rows, accumulate(tokens, initial=0), strict=False):
-                instruction = plan.instructions.get(request_id)
-                if instruction is not None:
-                    layout, slot = self.slots.host[instruction.adapter].layout, plan.slots[instruction.adapter]
-                    jobs.append(GeneratorJob(row, start, instruction.tokens, slot, layout))
+        jobs = self._jobs(plan, request_ids, tokens) if plan.readings else []
+        if plan.borders:
+            rows, tokens = _split_at_borders(plan, request_ids, rows, tokens)
         self.batch.prepare(rows, tokens, jobs)
         self.slots.prefetch(plan.upcoming)
+
+    def _jobs(self, plan: StepPlan, request_ids: Sequence[str], tokens: Sequence[int]) -> list[GeneratorJob]:
+        jobs = []
+        for request_id, start in zip(request_ids, accumulate(tokens, initial=0), strict=False):
+            reading = plan.readings.get(request_id)
+            if reading is not None:
+                adapter = reading.instruction.adapter
+                first, layout = start + reading.offset, self.slots.host[adapter].layout
+                jobs.append(GeneratorJob(reading.row, first, reading.instruction.tokens, plan.slots[adapter], layout))
+        return jobs
+
+
+def _split_at_borders(
+    plan: StepPlan, request_ids: Sequence[str], rows: list[int], tokens: list[int]
+) -> tuple[list[int], list[int]]:
+    """Rows and numbers of tokens with two entries for a request whose tokens belong to two turns."""
+    split_rows, split_tokens = [], []
+    for request_id, row, count in zip(request_ids, rows, tokens, strict=True):
+        before, second_row = plan.borders.get(request_id, (count, IDENTITY_ROW))
+        split_rows += [row, second_row]
+        split_tokens += [before, count - before]
+    return split_rows, split_tokens

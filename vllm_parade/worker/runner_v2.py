@@ -23,6 +23,14 @@ class ParadeModelRunnerV2Mixin(Base):
 
     parade: ParadeManager
 
+    def gather_batch_req_state(self, scheduler_output: "SchedulerOutput", *args: Any, **kwargs: Any) -> Any:
+        """A step that reads an instruction is no uniform decode: a full graph of decodes holds no generator.
+
+        A prompt's last token counts as a decode, and this step's metadata is not there yet.
+        """
+        state, uniform_tokens = super().gather_batch_req_state(scheduler_output, *args, **kwargs)
+        return state, None if plan_of(scheduler_output).readings else uniform_tokens
+
     def prepare_inputs(self, scheduler_output: "SchedulerOutput", *args: Any, **kwargs: Any) -> "InputBatch":
         """Fill the step's metadata as soon as the batch has its order. Dummy runs never come here."""
         input_batch = super().prepare_inputs(scheduler_output, *args, **kwargs)
