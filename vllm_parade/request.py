@@ -1,34 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The values that travel: which adapter a request wants, and what the scheduler tells the workers about a step."""
+"""Values passed between processes: the adapter of a request, and the scheduler's plan of a step for the workers."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-# Key of a PARADE request in SamplingParams.extra_args, and name of the plan on SchedulerOutput.
+# Key of the instruction in SamplingParams.extra_args.
 EXTRA_ARGS_KEY = "parade"
+# Attribute of SchedulerOutput that holds the StepPlan.
 PLAN_ATTRIBUTE = "parade_plan"
-# The row of ones, by which requests of the base model and padding are scaled.
+# The row of ones. Base-model requests and padding use it.
 IDENTITY_ROW = 0
 
 
 @dataclass
 class ParadeRequest:
-    """An adapter to apply to a request, as `LoRARequest` is for LoRA.
+    """The adapter to apply to a request; the counterpart of `LoRARequest`.
 
-    An adapter is read when its name and path are first used; it stays as it was read. To serve changed weights, give a
-    new name or a new path.
+    An engine reads an adapter when a request first uses its name and path. Later changes of the files have no effect.
+    To serve changed weights, use a new name or a new path.
     """
 
     parade_name: str
-    """Name the adapter is known by."""
+    """Name of the adapter."""
     parade_path: str
     """Folder with adapter_config.json and adapter_model.safetensors."""
     instruction_tokens: int | None = None
-    """Tokens of the prompt, from its start, that the generators read; None means the whole prompt."""
+    """Number of tokens at the start of the prompt that the generators read. None means the whole prompt."""
     base_model_name: str | None = None
     """Parent shown in /v1/models."""
     freeze_instruction: bool = field(default=False, repr=False)
-    """Whether the first prompt seen fixes `instruction_tokens` (beam search sends its own tokens back as prompt)."""
+    """Whether the first prompt sets `instruction_tokens`. In beam search, later prompts contain generated tokens."""
 
     def __post_init__(self) -> None:
         if not self.parade_name:
@@ -41,10 +42,10 @@ class ParadeRequest:
             raise ValueError(f"instruction_tokens is {tokens!r}; expected a positive whole number or None")
 
     def for_beam_search(self) -> "ParadeRequest":
-        """A copy for one prompt of a beam search, whose later steps keep the first step's instruction."""
+        """A copy for one prompt of a beam search. All steps use the instruction of the first step."""
         return replace(self, freeze_instruction=True)
 
-    # vLLM's front end carries this object where a LoRARequest would travel and reads these names.
+    # vLLM's front end carries this object in the place of a LoRARequest and reads these attributes.
     @property
     def lora_name(self) -> str:
         """Name under which vLLM's front end lists the adapter."""
@@ -67,63 +68,63 @@ class ParadeRequest:
 
     @property
     def lora_int_id(self) -> int:
-        """Never 0, which vLLM reads as "no adapter"."""
+        """Always 1: vLLM takes 0 to mean "no adapter"."""
         return 1
 
 
-# Vectors depend on the adapter's content and on the instruction's tokens, and on nothing else.
+# Content hash of the adapter, and hash of the instruction's tokens. Vectors depend on nothing else.
 InstructionKey = tuple[str, str]
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """What a generator must do for a request: read the first `tokens` of its prompt under `adapter`."""
+    """What the generators read for a request: the first `tokens` tokens of its prompt, under `adapter`."""
 
     adapter: str
     """Content hash of the adapter."""
     tokens: int
     digest: str
-    """Hash of those tokens."""
+    """Hash of these tokens."""
 
     @property
     def key(self) -> InstructionKey:
-        """What two instructions have in common that have the same vectors."""
+        """Key of the vectors. Equal keys mean equal vectors."""
         return self.adapter, self.digest
 
     def to_extra_args(self) -> dict[str, str | int]:
-        """The form that crosses from front end to engine core (msgpack carries no classes)."""
+        """The instruction as plain values: msgpack carries no classes from front end to engine core."""
         return {"adapter": self.adapter, "tokens": self.tokens, "digest": self.digest}
 
     @classmethod
     def from_extra_args(cls, extra_args: dict | None) -> "Instruction | None":
-        """Read a request's `SamplingParams.extra_args`; None for a request of the base model."""
+        """Read `SamplingParams.extra_args`. Returns None for a request of the base model."""
         values = (extra_args or {}).get(EXTRA_ARGS_KEY)
         return None if values is None else cls(**values)
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What the scheduler tells the workers about one step."""
+    """The scheduler's plan of one step, for the workers."""
 
     rows: dict[str, int]
     """Row of every scheduled PARADE request, by request id."""
     instructions: dict[str, Instruction]
-    """Requests whose instruction passes in this step, so that their row must be generated."""
+    """Instructions that run in this step, by request id. Generators write the rows of these requests."""
     slots: dict[str, int] = field(default_factory=dict)
-    """Slot of every adapter that reads one of these instructions, by content hash."""
+    """Slot of every adapter of `instructions`, by content hash."""
     upcoming: dict[str, int] = field(default_factory=dict)
-    """Slots for the adapters of waiting requests, filled while this step runs; the one needed first is the first. This
-    step does not read them."""
+    """Slots for adapters of waiting requests, by content hash, in the order in which the adapters are needed. Workers
+    fill them while this step runs; this step does not read them."""
 
 
 EMPTY_PLAN = StepPlan(rows={}, instructions={})
 
 
 def plan_of(scheduler_output: Any) -> StepPlan:
-    """The plan that rides on vLLM's SchedulerOutput; an empty one for steps that a worker makes up to warm itself up.
+    """The plan of a SchedulerOutput. Empty for a worker's own warm-up steps, which have none.
 
     Raises:
-        RuntimeError: a PARADE request without a plan, which would get the base model's answer.
+        RuntimeError: a PARADE request has no plan. Without this check, it would get the base model's answer.
     """
     plan: StepPlan | None = getattr(scheduler_output, PLAN_ATTRIBUTE, None)
     if plan is not None:

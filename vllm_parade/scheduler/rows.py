@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The vector rows. A row holds the adjusting vectors of one instruction under one adapter, in every layer, on every
-worker."""
+"""The vector rows. A row holds the vectors of one instruction under one adapter, in every layer, on every worker."""
 
 from collections import OrderedDict
 
@@ -8,15 +7,14 @@ from vllm_parade.request import IDENTITY_ROW, InstructionKey
 
 
 class RowCache:
-    """Which row holds which instruction's vectors, and which requests use it.
+    """Maps instructions to rows, and rows to the running requests that hold them.
 
-    Running requests hold their row. One that nobody holds stays, for the next request with the same instruction, until
-    it is the least recently used one when a row is needed. Row 0 is the identity: requests of the base model and
-    padding use it.
+    A row that no request holds stays cached for later requests with the same instruction. If no row is free, the least
+    recently used cached row is evicted. Row 0 is the identity: requests of the base model and padding use it.
     """
 
     def __init__(self, num_rows: int) -> None:
-        """`num_rows` counts row 0. There must be one more than requests can run."""
+        """`num_rows` includes row 0, so it must be at least one more than the maximum of running requests."""
         self._free = list(range(num_rows - 1, IDENTITY_ROW, -1))
         self._rows: dict[InstructionKey, int] = {}
         self._idle: OrderedDict[InstructionKey, int] = OrderedDict()
@@ -27,11 +25,11 @@ class RowCache:
         self.evictions = 0
 
     def __contains__(self, key: InstructionKey) -> bool:
-        """Whether some row holds these vectors, or will when the steps that are planned have run."""
+        """Whether a row holds these vectors, now or after the planned steps."""
         return key in self._rows
 
     def __len__(self) -> int:
-        """Rows that requests hold."""
+        """Number of rows that requests hold."""
         return len(self._holders)
 
     def holds(self, request_id: str) -> bool:
@@ -39,16 +37,20 @@ class RowCache:
         return request_id in self._held
 
     def row(self, request_id: str) -> int:
-        """The row that a request holds."""
+        """The row of a request.
+
+        Raises:
+            KeyError: the request holds none.
+        """
         return self._held[request_id][1]
 
     def acquire(self, request_id: str, key: InstructionKey) -> int:
-        """Let a request hold the row of an instruction that has one."""
+        """Let a request hold the existing row of an instruction. Returns the row."""
         self.hits += 1
         return self._hold(request_id, key, self._rows[key])
 
     def allocate(self, request_id: str, key: InstructionKey) -> int:
-        """Let a request hold a row that is to be written, taking the least recently used idle one if none is free."""
+        """Let a request hold a row for new vectors. Evicts the least recently used cached row if none is free."""
         assert key not in self._rows, f"instruction {key} has a row already"
         self.misses += 1
         if self._free:
@@ -68,7 +70,7 @@ class RowCache:
         return row
 
     def release(self, request_id: str) -> None:
-        """Take a request's hold away: it ended, or is preempted. A request without one is left alone."""
+        """End a request's hold after it has ended or been preempted. Does nothing if it holds no row."""
         if request_id not in self._held:
             return
         key, row = self._held.pop(request_id)
@@ -82,7 +84,7 @@ class RowCache:
             self._free.append(row)
 
     def forget(self) -> None:
-        """Let nobody find any row again, as when weights have changed. Those that hold one keep it to their end."""
+        """Forget the instruction of every row, for example when weights change. Requests that hold a row keep it."""
         self._free += self._idle.values()
         self._idle.clear()
         self._rows.clear()

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What PARADE adds to vLLM's scheduler.
+"""PARADE's extension of vLLM's scheduler.
 
-A request's vectors are read off its whole instruction, layer by layer, while the instruction passes through the model.
-So where no row holds them yet a request is scheduled with its whole instruction in one step or not at all, and no
-cached keys and values count for it. Where one does, since another request had the same instruction, or this one before
-it was preempted, the request is scheduled like any other: in chunks, or from the prefix cache. Requests of the base
-model are vLLM's own business.
+The generators compute a request's vectors from its whole instruction, layer by layer, while the instruction runs
+through the model. If no row holds the vectors yet, the request gets its whole instruction in one step or no tokens, and
+its prefix-cache hits are ignored. A row may already hold them, from another request with the same instruction or from
+before a preemption. Then the request is scheduled like any other: in chunks, or from the prefix cache. Requests of the
+base model are scheduled by vLLM alone.
 
-Who comes first is vLLM's business too (order of arrival, or priority), so no adapter holds slots or rows for ever: a
-slot is held for one step, a row while its request runs. But an instruction passes whole, and what runs takes its tokens
-of every step first. So that a long one is not kept waiting while the rest goes on, running requests take a smaller
-share of one step, or none, once an instruction has found no room in PATIENCE steps.
+vLLM decides the order of requests (arrival or priority). No adapter can occupy slots or rows forever: a slot is held
+for one step, a row while its request runs. But running requests take their tokens of each step first, so a long
+instruction could starve. After PATIENCE steps without room for an instruction, running requests get fewer tokens for
+one step, or none.
 """
 
 from collections.abc import Collection
@@ -34,15 +34,15 @@ if TYPE_CHECKING:
 else:
     Base = object
 
-# Steps in which an instruction may find no room before running requests make some.
+# Number of steps without room for an instruction after which running requests get fewer tokens.
 PATIENCE = 4
-# Of a vLLM request: its instruction.
+# Attribute of a vLLM request that caches its instruction.
 ATTRIBUTE = "parade_instruction"
 
 
 def instruction_of(request: "Request") -> Instruction | None:
     """The instruction of a PARADE request; None for a request of the base model."""
-    # Asked for in every step, so kept on the request.
+    # Cached on the request, because every step needs it.
     known: dict[str, Any] = vars(request)
     if ATTRIBUTE not in known:
         known[ATTRIBUTE] = Instruction.from_extra_args(request.sampling_params and request.sampling_params.extra_args)
@@ -51,40 +51,39 @@ def instruction_of(request: "Request") -> Instruction | None:
 
 
 class ParadeSchedulerMixin(Base):
-    """Mixed into vLLM's schedulers; owns the vector rows and the adapter slots."""
+    """Mixin for vLLM's schedulers. Owns the vector rows and the adapter slots."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         config = ServingConfig.from_vllm_config(self.vllm_config)
         self.rows = RowCache(config.num_rows(self.scheduler_config.max_num_seqs))
         self.slots = SlotCache(config.max_parades)
-        # An adapter that has a slot joins a step while slots last. One that must be copied into a slot first joins
-        # while half of them are left: the other half is filled while the step runs, so that only the first step of a
-        # crowd waits for its copies.
+        # A step admits adapters without a slot only until it uses half of the slots. The other half is filled for later
+        # steps while this step runs. So with many new adapters, only the first step waits for copies.
         self.max_cold_adapters_per_step = max(1, config.max_parades // 2)
         self.step_adapters: set[str] = set()
-        # Requests that may be the ones to read an instruction in this step; only those that run by then do.
+        # The last candidate to read each instruction in this step. It reads the instruction only if vLLM schedules it.
         self.step_readers: dict[InstructionKey, Request] = {}
-        # The request at the head of those whose instruction found no room, and in how many steps.
+        # The first waiting request whose instruction found no room, and in how many steps it found none.
         self.squeezed: Request | None = None
         self.squeezed_steps = 0
         self.step_squeezed: Request | None = None
-        # Tokens of this step that running requests may take, drafting slots included; None where they are free to.
+        # Tokens, drafting slots included, that running requests may still take in this step. None means no limit.
         self.share: int | None = None
         self.drafting = drafting_slots(self.vllm_config)
 
     def schedule(self, *args: Any, **kwargs: Any) -> "SchedulerOutput":
-        """Plan a step; the adapters that read instructions in it must fit on the device together."""
+        """Plan a step. The adapters that read instructions in it must fit into the slots together."""
         self.step_adapters.clear()
         self.step_readers.clear()
         self.step_squeezed = None
         self.share = self._share_of_running()
         output = super().schedule(*args, **kwargs)
         if self.step_squeezed is None and self.waiting and self._is_full(output):
-            # vLLM did not look at any waiting request.
+            # The step was full before vLLM considered a waiting request.
             self.step_squeezed = self.waiting.peek_request()
         if self.share is not None:
-            # If something else than room was missing, the others do not wait for it in the next step again.
+            # If the request lacked something other than tokens, running requests must not stop again in the next step.
             self.squeezed, self.squeezed_steps = None, 0
         elif self.step_squeezed is not None:
             again = self.step_squeezed is self.squeezed
@@ -102,26 +101,29 @@ class ParadeSchedulerMixin(Base):
         return None if instruction is None else step_tokens(self.vllm_config) - instruction.tokens
 
     def _admits_requests(self) -> bool:
-        """Whether vLLM lets waiting requests start in the next step: its own two conditions."""
+        """Whether vLLM admits waiting requests in the next step. These are vLLM's own two conditions."""
         num_running = len(self.running) + self.num_waiting_for_streaming_input
         return self.pause_state == PauseState.UNPAUSED and num_running < self.max_num_active_reqs
 
     def _is_full(self, output: "SchedulerOutput") -> bool:
-        """Whether a step has no token left, of those that are scheduled or of those that the model takes as input."""
+        """Whether a step has no tokens left to schedule, or the model's input has no room left."""
         tokens = output.total_num_scheduled_tokens
         inputs = tokens + self.drafting * len(output.num_scheduled_tokens)
         room = self.scheduler_config.max_num_batched_tokens - inputs
         return tokens >= self.max_num_scheduled_tokens or room <= self.drafting
 
     def _unread(self, request: "Request") -> Instruction | None:
-        """The instruction that a request must read itself; None if a row holds its vectors, or needs to hold none."""
+        """The instruction that a request must read itself.
+
+        None if a row holds its vectors, if a request of this step writes them, or if it has no adapter.
+        """
         if self.rows.holds(request.request_id):
             return None
         instruction = instruction_of(request)
         if instruction is None or instruction.key in self.rows:
             return None
         reader = self.step_readers.get(instruction.key)
-        # A reader that runs was scheduled in this very step; its row is written before anybody's token is scaled.
+        # A running reader was scheduled in this step. Its row is written before any token of the step is scaled.
         return None if reader is not None and reader.status == RequestStatus.RUNNING else instruction
 
     def _get_local_prefix_cache_hit(self, request: "Request", *args: Any, **kwargs: Any) -> Any:
@@ -136,7 +138,7 @@ class ParadeSchedulerMixin(Base):
 
     def _reserve_prefill_lookahead(self, request: "Request", num_computed_tokens: int, num_new_tokens: int) -> int:
         if request.status == RequestStatus.RUNNING:
-            # Whoever runs holds a row, or needs none.
+            # A running request holds a row or has no adapter, so it reads no instruction.
             if self.share is not None:
                 num_new_tokens = max(0, min(num_new_tokens, self.share - self.drafting))
                 self.share -= num_new_tokens + self.drafting if num_new_tokens else 0
@@ -163,7 +165,7 @@ class ParadeSchedulerMixin(Base):
 
     def _plan(self, scheduled: dict[str, int]) -> StepPlan:
         rows, unread = {}, {}
-        # First those that hold or find a row, so that making room for the others takes none of these.
+        # Requests that hold or find a row come first, so that allocating rows for the others evicts none of these.
         for name in scheduled:
             if self.rows.holds(name):
                 rows[name] = self.rows.row(name)
@@ -179,17 +181,17 @@ class ParadeSchedulerMixin(Base):
                 rows[name] = self.rows.acquire(name, instruction.key)
                 continue
             if self.requests[name].num_computed_tokens > 0 or scheduled[name] < instruction.tokens:
-                raise RuntimeError(f"request {name} was scheduled with a part of its instruction")
+                raise RuntimeError(f"request {name} was scheduled with only a part of its instruction")
             rows[name] = self.rows.allocate(name, instruction.key)
             instructions[name] = instruction
         adapters = dict.fromkeys(instruction.adapter for instruction in instructions.values())
         slots = self.slots.activate(adapters)
-        # Workers pass over a step without tokens, and what it would have copied.
+        # Workers skip a step without tokens and would not copy its adapters.
         upcoming = self.slots.activate(self._upcoming(adapters)) if scheduled else {}
         return StepPlan(rows, instructions, slots, upcoming)
 
     def _upcoming(self, adapters: Collection[str]) -> Collection[str]:
-        """Adapters of the next instructions to come, for the slots that those of this step leave."""
+        """Adapters of the next waiting instructions, for the slots that this step does not use."""
         upcoming: dict[str, None] = {}
         for request in islice(self.waiting, self.max_num_running_reqs):
             if len(adapters) + len(upcoming) == self.slots.num_slots:
@@ -208,13 +210,13 @@ class ParadeSchedulerMixin(Base):
         return super()._free_request(request, *args, **kwargs)
 
     def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
-        """Drop cached keys and values, and cached vectors, which were made of the same weights."""
+        """Drop cached keys and values, and the cached vectors, which depend on the same weights."""
         done = super().reset_prefix_cache(*args, **kwargs)
         self.rows.forget()
         return done
 
     def make_stats(self, *args: Any, **kwargs: Any) -> "SchedulerStats | None":
-        """A step's stats, with the row counts on them; None where stats are off."""
+        """A step's stats with the row counts. None if stats are disabled."""
         stats = super().make_stats(*args, **kwargs)
         if stats is not None:
             RowCounts(self.rows.hits, self.rows.misses, self.rows.evictions).put(stats)
