@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What PARADE costs beside the base model and LoRA. `python -m benchmarks --help`."""
+"""Benchmarks of PARADE against the base model and LoRA. See `python -m benchmarks --help`."""

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What PARADE costs, beside the base model and LoRA, on the machine at hand.
+"""Measure PARADE, LoRA and the base model on this machine.
 
     python -m benchmarks run decode prefill --size llama2-7b --folder /tmp/bench --out results.json
     python -m benchmarks plot results.json --out pictures
 
-Compare only figures of one run: another card, another day, another number.
+Compare figures of one run only: they differ between cards and between days.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from benchmarks.workloads import WORKLOADS
 
 
 def run(args: argparse.Namespace) -> None:
-    """Offline engines."""
+    """Measure offline engines."""
     from benchmarks.measure import measure
 
     def measure_workloads(settings: Settings, together: Barrier | None) -> list[Record]:
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def parallel(args: argparse.Namespace) -> None:
-    """Offline engines over several GPUs."""
+    """Measure offline engines on several GPUs."""
     from benchmarks.measure import measure
     from benchmarks.report import LAYOUT
 
@@ -50,7 +50,7 @@ def parallel(args: argparse.Namespace) -> None:
 
 
 def serve(args: argparse.Namespace) -> None:
-    """Servers under recorded traffic."""
+    """Measure servers under recorded traffic."""
     from benchmarks.serve import measure_server
     from testing.server import ServerError
 
@@ -65,7 +65,7 @@ def _variants(
     measure: Callable[[Settings, Barrier | None], list[Record]],
     side_by_side: bool = False,
 ) -> None:
-    """The gate, then the variants one after the other, or side by side; what is done is saved, whatever comes next."""
+    """Run the exactness gate, then measure the variants one by one or side by side. Results are saved after each."""
     from benchmarks.report import save, tables
 
     args.folder.mkdir(parents=True, exist_ok=True)
@@ -88,7 +88,7 @@ def _variants(
     ]
     together = None
     if side_by_side:
-        # With a KV cache of a given size, vLLM only compares this with what is free.
+        # The KV cache has a fixed size, so vLLM uses this only to check the free memory.
         engine = {"gpu_memory_utilization": 0.9 / len(settings), **args.engine}
         settings = [replace(each, engine=engine, turns=str(args.folder / "turns")) for each in settings]
         together = Barrier(len(settings))
@@ -100,7 +100,7 @@ def _variants(
 
 
 def kernels(args: argparse.Namespace) -> None:
-    """The generator's kernels alone."""
+    """Measure the generator's kernels alone."""
     from benchmarks.kernels import measure_kernels
     from benchmarks.report import save, tables
 
@@ -110,14 +110,14 @@ def kernels(args: argparse.Namespace) -> None:
 
 
 def exactness(args: argparse.Namespace) -> None:
-    """Answers against the float32 reference."""
+    """Compare answers with the float32 reference."""
     from benchmarks.exactness import main
 
     main(args)
 
 
 def cluster(args: argparse.Namespace) -> None:
-    """Which replica gets a request, on paper."""
+    """Simulate the routing rules of a cluster."""
     from benchmarks.cluster import RULES, Simulation, simulate
     from benchmarks.report import save, tables
 
@@ -130,7 +130,7 @@ def cluster(args: argparse.Namespace) -> None:
 
 
 def plot(args: argparse.Namespace) -> None:
-    """Pictures of results."""
+    """Draw pictures of results."""
     from benchmarks.plot import pictures
 
     for path in pictures(args.results, args.out):
@@ -138,7 +138,7 @@ def plot(args: argparse.Namespace) -> None:
 
 
 def show(args: argparse.Namespace) -> None:
-    """Tables of saved results, those of several files together."""
+    """Print tables of saved results, merged over several files."""
     from benchmarks.report import tables
     from benchmarks.study.tables import study_tables
 
@@ -161,7 +161,7 @@ def _out_flag(sub: argparse.ArgumentParser) -> None:
 
 
 def _folder_flags(sub: argparse.ArgumentParser) -> None:
-    text = "where models and adapters are made (18 MB an adapter of LLaMA-2 7B); they stay for the next run"
+    text = "folder for generated models and adapters (18 MB per LLaMA-2 7B adapter); later runs reuse them"
     sub.add_argument("--folder", type=Path, required=True, help=text)
     sub.add_argument("--engine", type=json.loads, default={}, help="further engine arguments, as JSON")
 
@@ -169,24 +169,24 @@ def _folder_flags(sub: argparse.ArgumentParser) -> None:
 def _variant_flags(sub: argparse.ArgumentParser, adapters: int) -> None:
     sub.add_argument("--size", choices=SIZES, default="llama2-7b", help="default: %(default)s")
     sub.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="default: all")
-    sub.add_argument("--adapters", type=int, default=adapters, help="PARADE adapters (default: %(default)s)")
-    sub.add_argument("--slots", type=int, default=64, help="adapters on the device (default: %(default)s)")
-    sub.add_argument("--kv-cache-gib", type=float, default=44, help="of every variant (default: %(default)s)")
-    sub.add_argument("--skip-gate", action="store_true", help="only where it has just passed with this code, here")
+    sub.add_argument("--adapters", type=int, default=adapters, help="number of PARADE adapters (default: %(default)s)")
+    sub.add_argument("--slots", type=int, default=64, help="number of slots, --max-parades (default: %(default)s)")
+    sub.add_argument("--kv-cache-gib", type=float, default=44, help="KV cache of each variant (default: %(default)s)")
+    sub.add_argument("--skip-gate", action="store_true", help="only if it just passed with this code and machine")
     _folder_flags(sub)
     _out_flag(sub)
 
 
 def _workload_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("workloads", nargs="+", choices=WORKLOADS, metavar="WORKLOAD", help=", ".join(WORKLOADS))
-    sub.add_argument("--repeats", type=int, default=3, help="of long runs; short ones get more (default: %(default)s)")
-    text = "start all engines at once, which must fit together, and let them measure in turns: none on a warmer card"
+    sub.add_argument("--repeats", type=int, default=3, help="of long runs; short runs get more (default: %(default)s)")
+    text = "start all engines at once, if they fit on the device, and measure in turns, so that drift affects all alike"
     sub.add_argument("--side-by-side", action="store_true", help=text)
     _variant_flags(sub, adapters=256)
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """The argument parser of `python -m benchmarks`."""
     top = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -197,18 +197,18 @@ def parser() -> argparse.ArgumentParser:
         sub.set_defaults(function=function)
         return sub
 
-    sub = command(run, "Measure offline: one engine a variant runs all named workloads.")
+    sub = command(run, "Measure offline: one engine per variant runs all named workloads.")
     _workload_flags(sub)
 
-    sub = command(parallel, "Measure offline, likewise, with the model spread over several GPUs.")
+    sub = command(parallel, "Measure offline like `run`, with the model on several GPUs.")
     _workload_flags(sub)
-    text = "tensor parallel by pipeline parallel sizes (default: 1x1 2x1)"
+    text = "tensor-parallel and pipeline-parallel sizes (default: 1x1 2x1)"
     sub.add_argument("--layouts", nargs="+", type=_layout, default=[(1, 1), (2, 1)], metavar="TPxPP", help=text)
 
     sub = command(serve, "Measure servers under recorded traffic, with vLLM's own client.")
     sub.add_argument("--trace", type=Path, required=True, help="CSV: TIMESTAMP, ContextTokens, GeneratedTokens")
-    sub.add_argument("--requests", type=int, default=500, help="the trace's first ones (default: %(default)s)")
-    sub.add_argument("--speed", type=float, default=1.0, help="2 sends them in half the time (default: %(default)s)")
+    sub.add_argument("--requests", type=int, default=500, help="from the trace's start (default: %(default)s)")
+    sub.add_argument("--speed", type=float, default=1.0, help="2 replays in half the time (default: %(default)s)")
     _variant_flags(sub, adapters=64)
 
     sub = command(kernels, "Measure the generator's kernels alone, without an engine; needs a GPU.")
@@ -216,35 +216,35 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--repeats", type=int, default=30, help="default: %(default)s")
     _out_flag(sub)
 
-    sub = command(exactness, "Compare answers with the float32 reference; exit code 1 where they differ.")
-    sub.add_argument("--model", help="folder of a real model; without it, a tiny random one in float32")
+    sub = command(exactness, "Compare answers with the float32 reference; exit code 1 if they differ.")
+    sub.add_argument("--model", help="folder of a real model; default: a tiny random model in float32")
     sub.add_argument(
-        "--adapters", nargs="+", default=[], help="folders of adapters for it; without, random strong ones"
+        "--adapters", nargs="+", default=[], help="folders of adapters for --model; default: random strong ones"
     )
     sub.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
     _folder_flags(sub)
     _out_flag(sub)
 
     sub = command(
-        study, "Train PARADE, LoRA and (IA)3 side by side on real tasks, and measure what the prompt is worth."
+        study, "Train PARADE, LoRA and (IA)3 side by side on real tasks, and measure what reading the prompt gains."
     )
     add_flags(sub)
     _out_flag(sub)
 
-    sub = command(cluster, "Simulate a cluster under the routing rule and without it; needs no engine.")
+    sub = command(cluster, "Simulate a cluster with and without the routing rule; needs no engine.")
     sub.add_argument("--replicas", type=int, default=1000, help="default: %(default)s")
     sub.add_argument("--adapters", type=int, default=100_000, help="default: %(default)s")
     sub.add_argument("--held", type=int, default=256, help="adapters in a replica's host memory (default: %(default)s)")
-    sub.add_argument("--zipf", type=float, default=1.0, help="exponent of popularity (default: %(default)s)")
-    text = "share of the requests that can run at a time"
+    sub.add_argument("--zipf", type=float, default=1.0, help="Zipf exponent of popularity (default: %(default)s)")
+    text = "offered load, as a share of the requests that all replicas can run at a time"
     sub.add_argument("--utilisation", type=float, nargs="+", default=[0.5, 0.7, 0.85], help=text)
     sub.add_argument("--requests", type=int, default=1_000_000, help="default: %(default)s")
     _out_flag(sub)
 
-    sub = command(show, "Print result files as tables; variants measured one by one get their ratios here.")
+    sub = command(show, "Print result files as tables, with ratios between variants of different files.")
     sub.add_argument("results", nargs="+", type=Path, metavar="RESULTS", help="JSON files of the other commands")
 
-    sub = command(plot, "Draw pictures from result files, those of one size and card together.")
+    sub = command(plot, "Draw pictures from result files, merged by model size and card.")
     sub.add_argument("results", nargs="+", type=Path, metavar="RESULTS", help="JSON files of `run`")
     sub.add_argument("--out", type=Path, required=True, help="folder for the pictures")
     return top

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A simulated cluster with the real routing rule: what affinity saves in adapter loads, and what it costs in waiting.
+"""Simulates a cluster with the real routing rule: how many adapter loads affinity saves, and how long requests wait.
 
-Requests arrive at random (Poisson), under adapters whose popularity follows Zipf's law. A replica runs `REQUEST_LIMIT`
-requests at a time and queues the others. It holds the adapters it used last; a request under another adapter takes
+Requests arrive at random (Poisson). The popularity of their adapters follows Zipf's law. A replica runs `REQUEST_LIMIT`
+requests at a time and queues the others. It holds the most recently used adapters; a request with another adapter takes
 `LOAD_S` longer.
 """
 
@@ -20,13 +20,13 @@ Choose = Callable[[str, Sequence[int], int], int]
 # Requests that a replica runs at a time (--max-num-seqs).
 REQUEST_LIMIT = 32
 SERVICE_S = 2.0
-# Reading one from a disk or a network into host memory.
+# Seconds to read one adapter from disk or network into host memory.
 LOAD_S = 0.2
 
 
 @dataclass(frozen=True)
 class Simulation:
-    """Sizes of what is simulated."""
+    """Parameters of a simulation."""
 
     replicas: int = 1000
     adapters: int = 100_000
@@ -34,13 +34,13 @@ class Simulation:
     """Adapters in a replica's host memory."""
     zipf: float = 1.0
     utilisation: float = 0.7
-    """Share of all requests that can run at a time, without the time of loads."""
+    """Offered load, as a share of the requests that all replicas can run at a time; load times not included."""
     requests: int = 300_000
     seed: int = 0
 
 
 class SimulatedReplica:
-    """Running requests, a queue, and the adapters used last."""
+    """A replica's running requests, queue and most recently used adapters."""
 
     def __init__(self, held: int) -> None:
         self.capacity, self.running = held, 0
@@ -48,7 +48,7 @@ class SimulatedReplica:
         self.queue: deque[tuple[float, int, float]] = deque()
 
     def load(self, adapter: int) -> bool:
-        """Use an adapter; whether it had to be loaded."""
+        """Use an adapter; returns whether it had to be loaded."""
         missing = adapter not in self.adapters
         self.adapters[adapter] = None
         self.adapters.move_to_end(adapter)
@@ -58,7 +58,7 @@ class SimulatedReplica:
 
 
 def simulate(simulation: Simulation, name: str) -> dict[str, Any]:
-    """One run under the rule `name`; the first tenth of the requests warms up and is not counted."""
+    """Simulate the rule `name` and return a record. The first tenth of the time is warm-up and is not counted."""
     rule = AffinityRule([f"replica{number}" for number in range(simulation.replicas)], REQUEST_LIMIT)
     choose = RULES[name](rule, random.Random(simulation.seed + 1))
     source = random.Random(simulation.seed)

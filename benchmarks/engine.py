@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One engine of a variant with its adapters, and what a worker is asked while measuring."""
+"""The engine of a variant with its adapters, and the RPCs that a benchmark sends to its workers."""
 
 import fcntl
 import json
@@ -24,7 +24,7 @@ MAX_NUM_SEQS = 256
 
 @dataclass(frozen=True)
 class Settings:
-    """What one measuring process does; travels to it as JSON."""
+    """Settings of one measuring process, sent to it as JSON."""
 
     variant: str
     size: str
@@ -37,32 +37,32 @@ class Settings:
     engine: dict[str, Any] = field(default_factory=dict)
     """Further engine arguments, the same for all variants."""
     turns: str = ""
-    """A file that processes which run side by side lock in turn, each for a round of samples."""
+    """Lock file of processes that run side by side; each holds it for one round of samples. Empty: no lock."""
 
     def to_json(self) -> str:
-        """The form that `from_json` reads."""
+        """JSON for `from_json`."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> "Settings":
-        """Read what `to_json` wrote."""
+        """Settings from the JSON of `to_json`."""
         return cls(**json.loads(text))
 
     def engine_arguments(self) -> dict[str, Any]:
-        """Arguments that all variants share, so that their memory can be compared."""
+        """Engine arguments that all variants share, so that their memory use is comparable."""
         return {
             "load_format": "dummy",
             "dtype": "bfloat16",
             "max_model_len": MAX_MODEL_LEN,
             "max_num_seqs": MAX_NUM_SEQS,
-            # As in a server; and they tell when a request had its tokens.
+            # As in a server. `Variant.step` also needs the requests' token timestamps.
             "disable_log_stats": False,
             "kv_cache_memory_bytes": int(self.kv_cache_gib * 2**30),
             **self.engine,
         }
 
 
-# What GPUs (or CPUs) call what they tell each other.
+# Names of the kernels and ops for communication between GPUs or CPU processes.
 COLLECTIVE = re.compile(
     r"nccl|gloo:|shm_(all|send|recv)|cross_device|all_?reduce|all_?gather|reduce_?scatter|broadcast_?kernel",
     re.IGNORECASE,
@@ -70,15 +70,15 @@ COLLECTIVE = re.compile(
 
 
 class WorkerExtension:
-    """Remote calls that vLLM mixes into the workers (`worker_extension_cls`)."""
+    """Methods that vLLM adds to the workers (`worker_extension_cls`), for `collective_rpc`."""
 
     def start_recording(self) -> None:
-        """Record what runs from here on."""
+        """Start the profiler."""
         self.recorded = torch.profiler.profile()
         self.recorded.start()
 
     def stop_recording(self) -> dict[str, tuple[int, float]]:
-        """What ran on the device, by name: how often, and for how many microseconds in all."""
+        """Stop the profiler; returns count and total microseconds by name of kernel (on CPUs, of op)."""
         self.recorded.stop()
         on_gpu = torch.cuda.is_available()
         device = torch.profiler.DeviceType.CUDA if on_gpu else torch.profiler.DeviceType.CPU
@@ -91,7 +91,7 @@ class WorkerExtension:
         return ran
 
     def parade_static(self, static: bool) -> None:
-        """Switch generators off (rows keep the vectors they have, as static ones would stay) or on again."""
+        """Switch generators off or on. While they are off, rows keep their vectors, like static vectors."""
         manager = self.model_runner.parade  # type: ignore[attr-defined]
         manager.__dict__.pop("prepare", None)
         if static:
@@ -103,11 +103,11 @@ class WorkerExtension:
             manager.prepare = without_instructions
 
     def allocated_bytes(self) -> int:
-        """The most device memory that tensors of this worker have taken together."""
+        """Peak device memory of this worker's tensors, in bytes."""
         return torch.cuda.max_memory_allocated()
 
     def parade_bytes(self) -> dict[str, int]:
-        """Device memory of the vector tables and of the adapters' slots."""
+        """Device memory of the vector tables and of the adapters' slots, in bytes."""
         slots = self.model_runner.parade.slots  # type: ignore[attr-defined]
         return {
             "tables": sum(layer.table.nbytes for layer in slots.layers),
@@ -116,12 +116,12 @@ class WorkerExtension:
 
 
 class Variant:
-    """The engine of a variant. Prompts are never repeated, so nothing comes from a cache."""
+    """The engine of a variant. Each run gets new random prompts, so it hits no cache."""
 
     def __init__(self, settings: Settings) -> None:
         from vllm import LLM
 
-        import vllm_parade  # noqa: F401  teaches LLM its keywords
+        import vllm_parade  # noqa: F401  adds its keywords to LLM
 
         self.name, self.settings = settings.variant, settings
         folder = Path(settings.folder) / settings.size
@@ -154,27 +154,27 @@ class Variant:
         return []
 
     def prompts(self, batch: int, length: int) -> list[dict[str, list[int]]]:
-        """Random prompts that nobody has seen."""
+        """New random prompts."""
         words = range(len(SPECIAL_TOKENS), SIZES[self.settings.size]["vocab_size"])
         return [{"prompt_token_ids": self._random.choices(words, k=length)} for _ in range(batch)]
 
     def chosen(self, requests: Sequence[Any], batch: int) -> dict[str, Any]:
-        """The keyword that gives each prompt of a batch its adapter, in turn; nothing for the base model."""
+        """The keyword argument that assigns `requests` to the prompts of a batch in turn; empty for the base model."""
         return {self.keyword: [requests[number % len(requests)] for number in range(batch)]} if requests else {}
 
     def run(self, batch: int, length: int, tokens: int, requests: Sequence[Any] = ()) -> float:
-        """Seconds for a batch of fresh prompts, `tokens` tokens each, each prompt with the next adapter."""
+        """Seconds to generate `tokens` tokens for each of a batch of new prompts, which take `requests` in turn."""
         return self.ask(self.prompts(batch, length), tokens, requests)
 
     def ask(self, prompts: list[dict[str, list[int]]], tokens: int, requests: Sequence[Any] = ()) -> float:
-        """Seconds for these prompts, likewise."""
+        """Like `run`, for given prompts."""
         with self.turn():
             started = time.perf_counter()
             self.outputs(prompts, tokens, requests)
             return time.perf_counter() - started
 
     def outputs(self, prompts: list[dict[str, list[int]]], tokens: int, requests: Sequence[Any]) -> list[Any]:
-        """vLLM's outputs for these prompts, each with the next adapter."""
+        """vLLM's outputs for these prompts, which take `requests` in turn."""
         from vllm import SamplingParams
 
         params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
@@ -183,10 +183,10 @@ class Variant:
         return outputs
 
     def step(self, batch: int, length: int, tokens: int, requests: Sequence[Any] = ()) -> float:
-        """Seconds of a step in which a batch of fresh prompts decodes, on average, by the clock of the engine core.
+        """Mean seconds of a decode step with a batch of new prompts, by the engine core's clock.
 
-        It is what the request waited for its tokens that began last, when all others decoded; they end a few steps
-        before it.
+        The mean covers the tokens after the first one of the request that started last. All other requests decode at
+        that time; they finish a few steps earlier.
         """
         with self.turn():
             outputs = self.outputs(self.prompts(batch, length), tokens, requests)
@@ -194,7 +194,7 @@ class Variant:
         return (last.last_token_ts - last.first_token_ts) / (tokens - 1)
 
     def beam_search(self, width: int, length: int, tokens: int, requests: Sequence[Any] = ()) -> float:
-        """Seconds for one fresh prompt with beam search."""
+        """Seconds of a beam search for one new prompt."""
         from vllm.sampling_params import BeamSearchParams
 
         prompts, chosen = self.prompts(1, length), self.chosen(requests, 1)
@@ -205,38 +205,37 @@ class Variant:
             return time.perf_counter() - started
 
     def set_static(self, static: bool) -> None:
-        """Whether rows keep the vectors they have, so that no generator runs."""
+        """Switch the generators off (True) or on; see `WorkerExtension.parade_static`."""
         self.llm.collective_rpc("parade_static", args=(static,))
 
     def recorded(
         self, batch: int, length: int, tokens: int, requests: Sequence[Any] = ()
     ) -> list[dict[str, tuple[int, float]]]:
-        """Of each worker what runs on its device while fresh prompts are read and answered: by name how often and how
-        many microseconds."""
+        """Run new prompts under the profiler; returns each worker's counts and microseconds by name of kernel."""
         self.llm.collective_rpc("start_recording")
         self.run(batch, length, tokens, requests)
         return self.llm.collective_rpc("stop_recording")
 
     def allocated_mib(self) -> float | None:
-        """The most device memory that tensors of the first worker have taken together; None without a GPU."""
+        """Peak device memory of the first worker's tensors; None without a GPU."""
         return self.llm.collective_rpc("allocated_bytes")[0] / 2**20 if torch.cuda.is_available() else None
 
     def parade_mib(self) -> dict[str, float]:
-        """Computed device memory of tables and slots on the first worker; empty without PARADE."""
+        """Device memory of tables and slots on the first worker; empty without PARADE."""
         if self.name != "parade":
             return {}
         return {f"{part}_mib": size / 2**20 for part, size in self.llm.collective_rpc("parade_bytes")[0].items()}
 
 
 class Turn:
-    """A file's lock, so that nobody else who asks for a turn runs meanwhile; without a file there is nobody else."""
+    """A lock file shared by processes that measure side by side; does nothing without a file."""
 
     def __init__(self, path: str) -> None:
         self.path, self._taken = path, False
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        """Wait for one's turn; within it, another one is the same."""
+        """Wait for the lock. A nested call inside it does not lock again."""
         if not self.path or self._taken:
             yield
             return
@@ -245,12 +244,12 @@ class Turn:
             self._taken = True
             yield
             self._taken = False
-        # Whoever waits is to be next.
+        # Let a waiting process take the lock next.
         time.sleep(0.01)
 
 
 def used_mib() -> float | None:
-    """Memory used on the whole device, by whichever process; None without a GPU."""
+    """Used memory of the whole device, over all processes, in MiB; None without a GPU."""
     if not torch.cuda.is_available():
         return None
     free, total = torch.cuda.mem_get_info()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gate before any timing: vLLM's answers against the float32 oracle (`testing/oracle.py`).
+"""The gate before any timing: compares vLLM's answers with the float32 oracle (`testing/oracle.py`).
 
-The oracle reads every answered token once, after the tokens before it. In float32 the token must be the oracle's most
-likely one, and its log-probability the oracle's. In bfloat16 the engine's own tokens are judged: how far its
-log-probabilities are off, for the base model and for each adapter, on the same prompts.
+The oracle computes the log-probability of every answered token, given the tokens before it. In float32, the token must
+be the oracle's most likely one, and the log-probabilities must agree. In bfloat16, only the errors of the engine's
+log-probabilities count: those of each adapter are compared with those of the base model on the same prompts.
 """
 
 import argparse
@@ -24,17 +24,17 @@ from testing.oracle import ENOUGH, TOLERANCE, Oracle, answered, by_request
 from testing.random_models import INNER, make_adapter, make_tiny_model
 from vllm_parade import ParadeRequest
 
-# In bfloat16 an adapter's rows may be this many times as far off as the base model's.
+# Bound for the ratio of an adapter's error in bfloat16 to the base model's.
 BFLOAT16_BOUND = 1.5
 NUM_ADAPTERS = 3
 ANSWER = 12
 TINY_LENGTHS = [1, 2, 3, 5, 8, 13, 15, 16, 17, 31, 32, 33, 47, 64, 65, 89, 100, 127, 128, 144, 200, 233, 256, 300]
 LENGTHS = sorted({*TINY_LENGTHS, *range(20, 701, 28)})[:48]
-"""Of prompts for a real model."""
+"""Lengths of prompts for a real model."""
 
 
 def run_tiny(folder: Path, engine: dict[str, Any]) -> list[dict[str, Any]]:
-    """Compare a tiny random model in float32, every prompt under the next adapter or none."""
+    """Compare a tiny random model in float32. The prompts take the base model and the adapters in turn."""
     shape = make_tiny_model(folder / "tiny_llama")
     users: list[ParadeRequest | None] = [None]
     users += [make_adapter(folder / f"tiny_llama_random{n}", shape, n, inner=INNER) for n in range(NUM_ADAPTERS)]
@@ -46,13 +46,13 @@ def run_tiny(folder: Path, engine: dict[str, Any]) -> list[dict[str, Any]]:
 def run_model(
     model: str, folder: Path, adapters: Sequence[str], dtypes: Sequence[str], engine: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """Compare a real model, every prompt with the base model and with every adapter."""
+    """Compare a real model: each prompt with the base model and with each adapter."""
     from transformers import AutoConfig
 
     from vllm_parade.adapter import BaseModelShape
 
     shape = BaseModelShape.from_hf_config(AutoConfig.from_pretrained(model))
-    # In bfloat16, so that loading rounds nothing: the base model's weights are not rounded by loading either.
+    # In bfloat16, so that loading does not round the adapters; it does not round the base model's weights either.
     requests = [ParadeRequest(Path(path).name, path) for path in adapters] or [
         make_adapter(folder / f"random{n}", shape, n, dtype=torch.bfloat16) for n in range(NUM_ADAPTERS)
     ]
@@ -64,7 +64,7 @@ def run_model(
 def compare(
     model: str, asked: Sequence[tuple[int, ParadeRequest | None]], dtype: str, options: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """Ask an engine, then the oracle; a record for the base model and one for each adapter."""
+    """Compare an engine's answers with the oracle; returns a record for the base model and one per adapter."""
     requests = [request for _, request in asked]
     outputs = _answers(model, [length for length, _ in asked], requests, dtype, options)
     oracle = Oracle(model, "cuda" if torch.cuda.is_available() else "cpu")
@@ -76,7 +76,7 @@ def compare(
 
 
 def _differences(oracle: Oracle, request: ParadeRequest | None, outputs: Sequence[Any]) -> dict[str, Any]:
-    """How far an engine's outputs under one adapter are from the oracle's."""
+    """Differences between an engine's outputs under one adapter and the oracle's."""
     with oracle.logprobs(None) as logprobs:
         plain = torch.cat([logprobs(output)[1] for output in outputs])
     with oracle.logprobs(request) as logprobs:
@@ -90,7 +90,7 @@ def _differences(oracle: Oracle, request: ParadeRequest | None, outputs: Sequenc
         "different_tokens": sum(a != b for a, b in zip(chain(*answers), chain(*likeliest), strict=True)),
         "max_difference": differences.max().item(),
         "mean_difference": differences.mean().item(),
-        # How far the adapter itself moves them.
+        # How much the adapter changes the oracle's log-probabilities.
         "mean_effect": (plain - wanted).abs().mean().item(),
     }
 
@@ -98,7 +98,7 @@ def _differences(oracle: Oracle, request: ParadeRequest | None, outputs: Sequenc
 def _answers(
     model: str, lengths: Sequence[int], requests: list[ParadeRequest | None], dtype: str, options: dict[str, Any]
 ) -> list[Any]:
-    """An engine's outputs for random prompts of these lengths; the engine is gone afterwards."""
+    """An engine's outputs for random prompts of these lengths; shuts the engine down."""
     from transformers import AutoConfig
     from vllm import LLM, SamplingParams
 
@@ -117,9 +117,9 @@ def _answers(
 
 
 def failures(records: Sequence[dict[str, Any]]) -> list[str]:
-    """What is wrong with the figures, in words; nothing where the gate is green."""
+    """Messages about failed comparisons; empty if the gate passes."""
     found = [
-        f"{record['variant']} changes log-probabilities by {record['mean_effect']:.2e} only, too little to tell"
+        f"{record['variant']} changes log-probabilities by {record['mean_effect']:.2e}, too little for a comparison"
         for record in records
         if record["variant"] != "base" and record["mean_effect"] < ENOUGH
     ]
@@ -127,7 +127,7 @@ def failures(records: Sequence[dict[str, Any]]) -> list[str]:
         if record["dtype"] == "float32" and (record["different_tokens"] or record["max_difference"] > TOLERANCE):
             found.append(
                 f"float32, {record['model']}, {record['variant']}: {record['different_tokens']} of {record['tokens']} "
-                f"tokens differ, log-probabilities by up to {record['max_difference']:.2e} (bound {TOLERANCE})"
+                f"tokens differ, log-probabilities differ by up to {record['max_difference']:.2e} (bound {TOLERANCE})"
             )
     for name, ratios in bfloat16_ratios(records).items():
         found += [
@@ -139,7 +139,7 @@ def failures(records: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def bfloat16_ratios(records: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """How many times as far off every adapter's rows are as the base model's, by largest difference and by mean."""
+    """Ratio of each adapter's bfloat16 error to the base model's, for the largest and the mean difference."""
     rows = {record["variant"]: record for record in records if record["dtype"] == "bfloat16"}
     base = rows.pop("base", None)
     if base is None:
@@ -149,7 +149,7 @@ def bfloat16_ratios(records: Sequence[dict[str, Any]]) -> dict[str, dict[str, fl
 
 
 def gate(folder: Path, engine: dict[str, Any]) -> list[dict[str, Any]]:
-    """Compare a tiny model in a process of its own, which takes its device memory along when it ends.
+    """Compare a tiny model in a separate process, so that its device memory is freed when it exits.
 
     Raises:
         SystemExit: an answer is wrong.
@@ -159,8 +159,8 @@ def gate(folder: Path, engine: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def main(args: argparse.Namespace) -> None:
-    """The subcommand: a tiny random model, or the real one of --model."""
-    # vLLM's attention kernel for float32 would round to TF32.
+    """Run the subcommand on a tiny random model, or on the model of --model."""
+    # By default, vLLM's float32 attention kernel rounds to TF32.
     os.environ["TRITON_F32_DEFAULT"] = "ieee"
     prepare_environment()
     args.folder.mkdir(parents=True, exist_ok=True)

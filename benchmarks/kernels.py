@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The generator's kernels alone, as an engine would call them: all layers of a model, one after the other.
+"""Measures the generator's kernels without an engine: all layers of a model, one after the other, as in an engine.
 
-First the rows of one layer are compared with `vllm_parade.ops.reference`. Then every step is timed twice: replayed as a
-CUDA graph (what the device needs) and launched one by one (what a host needs that has nothing else to do).
+First the rows of all layers are compared with `vllm_parade.ops.reference`. Then each step is timed twice: as a CUDA
+graph replay (device time), and with individual launches (host time, on an otherwise idle host).
 """
 
 import time
@@ -22,7 +22,7 @@ from vllm_parade.ops import reference
 from vllm_parade.ops.job import GeneratorJob
 from vllm_parade.ops.packed import GeneratorLayout, PackedGenerators, max_entries
 
-# Prompts x length; a length of 0 is a step without instructions, which costs launches that find nothing to do.
+# Prompts x length. A length of 0 is a step without instructions, whose kernels are launched but have no work.
 STEPS = ((1, 274), (1, 600), (1, 8192), (8, 274), (32, 274), (59, 274), (1, 0), (256, 0))
 MAX_TOKENS = 16384
 DTYPE = torch.bfloat16
@@ -32,7 +32,7 @@ DEVICE = torch.device("cuda")
 
 
 class Kernels:
-    """What an engine's worker holds of PARADE, without the model."""
+    """PARADE's state in an engine's worker, without the model."""
 
     def __init__(self, size: str) -> None:
         from transformers import LlamaConfig
@@ -53,7 +53,7 @@ class Kernels:
         flat[:, : len(self.packed.flat)] = self.packed.flat.to(DEVICE)
         for local_idx, layer in enumerate(self.layers):
             layer.bind(flat, local_idx)
-        # Neighbouring tokens have something in common, else every instruction would be pooled to nothing.
+        # Blocks of 128 tokens share a component. Otherwise pooling would average every instruction to nearly zero.
         common = torch.randn(MAX_TOKENS // 128, hidden, device=DEVICE, dtype=DTYPE).repeat_interleave(128, 0)
         self.hidden = common + torch.randn(MAX_TOKENS, hidden, device=DEVICE, dtype=DTYPE)
 
@@ -66,7 +66,7 @@ class Kernels:
         return weights
 
     def step(self, prompts: int, length: int) -> Callable[[], None]:
-        """A function that launches a step's kernels in all layers; each prompt has its own adapter."""
+        """A function that launches a step's kernels in all layers; the prompts use the slots in turn."""
         jobs = [
             GeneratorJob(row=n + 1, start=n * length, length=length, slot=n % NUM_SLOTS, layout=self.layout)
             for n in range(prompts if length else 0)
@@ -96,13 +96,13 @@ class Kernels:
             wanted = reference.generate(hidden, mask, **vars(weights), **choice).float()
             difference = (layer.table[1 : prompts + 1].float() - wanted).abs().max().item()
             if not difference <= TOLERANCE:
-                raise SystemExit(f"benchmarks: {prompts} x {length}: kernels are off by {difference} ({TOLERANCE})")
+                raise SystemExit(f"benchmarks: {prompts} x {length}: kernels off by {difference} (bound {TOLERANCE})")
 
 
 def measure_kernels(size: str, repeats: int) -> list[dict[str, Any]]:
-    """Records of all steps."""
+    """Measure all steps; returns their records."""
     if not torch.cuda.is_available():
-        raise SystemExit("benchmarks: the kernels are measured on a GPU, and there is none")
+        raise SystemExit("benchmarks: no GPU found; run `kernels` on a machine with a GPU")
     kernels = Kernels(size)
     for prompts, length in ((1, 274), (32, 274)):
         kernels.check(prompts, length)
@@ -139,7 +139,7 @@ def _captured(launch: Callable[[], None]) -> torch.cuda.CUDAGraph:
 
 
 def _seconds(function: Callable[[], None], repeats: int) -> list[float]:
-    """Wall time of each call, up to the end of its work on the device."""
+    """Wall time of each call in seconds, including its work on the device."""
     samples = []
     for number in range(3 + repeats):
         torch.cuda.synchronize()

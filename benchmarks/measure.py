@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The process that measures one variant: one engine runs all workloads, and each result is printed as a line of JSON.
+"""The process that measures one variant: one engine runs all workloads and prints each result as a line of JSON.
 
-Started by `python -m benchmarks run`, a process for every variant, so that none inherits another's memory.
+`python -m benchmarks run` starts one process per variant, so that each starts with empty device memory.
 """
 
 import json
@@ -24,7 +24,7 @@ END = "RESULTS END"
 
 
 def records(settings: Settings) -> Iterator[Record]:
-    """Everything that is measured with one engine."""
+    """Measure one engine; yields all its records."""
     variant = Variant(settings)
     if settings.turns:
         print(STARTED, flush=True)
@@ -41,19 +41,20 @@ def records(settings: Settings) -> Iterator[Record]:
         yield from WORKLOADS[name](measured)
     memory = {"allocated_mib": variant.allocated_mib(), **variant.parade_mib()}
     if not settings.turns:
-        # Else the device's memory is not this engine's alone. Allocators keep what they once took, so the end shows the
-        # peak.
+        # Side by side, the device's memory belongs to several engines. Allocators do not return memory, so the used
+        # memory at the end is the peak.
         memory |= {"start_mib": start_mib, "peak_mib": used_mib()}
     yield {"workload": "memory", "variant": variant.name, **memory}
 
 
 def results_of(command: list[str], together: Barrier | None = None) -> list[dict[str, Any]]:
-    """Result lines of a command, all of whose output is passed on.
+    """Run a command, pass its output on, and return the records of its result lines.
 
-    How long an engine takes to shut down is not measured, nor waited for: its processes are killed.
+    The command's processes are killed after its last result. An engine's shutdown is not measured.
 
     Args:
-        together: of commands side by side, none goes on before all have started, nor is killed before all have ended
+        together: barrier of commands that run side by side. No command continues before all have started, and none is
+            killed before all have finished.
 
     Raises:
         SystemExit: the command failed.
@@ -87,15 +88,15 @@ def results_of(command: list[str], together: Barrier | None = None) -> list[dict
 
 
 def measure(settings: Settings, together: Barrier | None = None) -> list[dict[str, Any]]:
-    """Results of one variant, measured by a process of its own."""
+    """Records of one variant, measured in a separate process."""
     return results_of([sys.executable, "-m", "benchmarks.measure", settings.to_json()], together)
 
 
 def prepare_environment() -> None:
-    """Environment of engines; before vLLM is imported."""
+    """Set the environment variables of engines; call it before vLLM is imported."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    # Making adapters starts OpenMP threads, and a fork of a process that has them hangs.
+    # Generating adapters starts OpenMP threads, and a forked copy of such a process hangs.
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models of real sizes with dummy weights, and random adapters for them: good for speed, never for quality."""
+"""Models of real sizes with dummy weights, and random adapters for them: for speed measurements only."""
 
 import json
 import os
@@ -49,7 +49,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8,
         "vocab_size": 128256,
     },
-    # For a try on a CPU: the layout, not the sizes.
+    # Same layout with small sizes, for quick runs on a CPU.
     "tiny": {
         "hidden_size": 128,
         "intermediate_size": 256,
@@ -74,7 +74,7 @@ LORA_RANK = 4
 
 
 def make_model(folder: Path, size: str) -> BaseModelShape:
-    """Write `config.json` and a tokenizer of this size; vLLM fills in dummy weights."""
+    """Write `config.json` and a tokenizer for a size; vLLM creates dummy weights."""
     from transformers import LlamaConfig
 
     sizes = SIZES[size]
@@ -88,7 +88,7 @@ def make_model(folder: Path, size: str) -> BaseModelShape:
 
 
 def make_tokenizer(folder: Path, vocab_size: int) -> None:
-    """Write a tokenizer with one word per token id, separated by spaces, and with a chat template."""
+    """Write a tokenizer with one word per token id, words separated by spaces, and a chat template."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -103,9 +103,9 @@ def make_tokenizer(folder: Path, vocab_size: int) -> None:
 
 
 def make_parades(folder: Path, shape: BaseModelShape, count: int) -> list[str]:
-    """Write `count` PARADE adapters of the paper's setting (r = 12, four capsules, q, v, up) that differ in content.
+    """Write `count` PARADE adapters with different contents and the paper's settings (r = 12, four capsules, q, v, up).
 
-    Folders that are already there stay, so a second run finds its adapters made.
+    Existing adapters are kept, so a second run does not write them again.
     """
     template = folder / "parade_template"
     if not (template / WEIGHTS_FILE).exists():
@@ -117,17 +117,17 @@ def make_parades(folder: Path, shape: BaseModelShape, count: int) -> list[str]:
 
 
 def _other_content(adapter: Path, copy: Path, number: int) -> None:
-    """A copy that differs in one weight, which makes it another adapter to everybody who compares contents."""
+    """Copy an adapter and change one weight, so that the copy has another content hash."""
     if (copy / WEIGHTS_FILE).exists():
         return
     copy.mkdir(exist_ok=True)
     shutil.copyfile(adapter / CONFIG_FILE, copy / CONFIG_FILE)
-    # The name comes last: what stands under it is whole, even where a run was cut off.
+    # Renamed at the end, so that an interrupted run leaves no incomplete file under the final name.
     draft = copy / "draft"
     shutil.copyfile(adapter / WEIGHTS_FILE, draft)
     with draft.open("r+b") as file:
         file.seek(-2, os.SEEK_END)
-        # The file's last two bytes are the last bfloat16 number: any bits below infinity's will do.
+        # The file's last two bytes are its last bfloat16 number; any finite bit pattern works.
         file.write((0x3C00 + number).to_bytes(2, "little"))
     draft.replace(copy / WEIGHTS_FILE)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of results, from the JSON files of `python -m benchmarks run`."""
+"""Draws pictures from the JSON files of `python -m benchmarks run`."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -8,15 +8,15 @@ from typing import Any
 
 from benchmarks.report import Record
 
-LABELS = {"base": "base model", "parade": "PARADE, an adapter a request", "lora": "LoRA, 8 adapters"}
+LABELS = {"base": "base model", "parade": "PARADE, one adapter per request", "lora": "LoRA, 8 adapters"}
 COLOURS = {"base": "#7f7f7f", "parade": "#1f77b4", "lora": "#e6842a"}
-POPULARITIES = {"uniform": "all as popular", "zipf": "popular by Zipf's law"}
+POPULARITIES = {"uniform": "uniform popularity", "zipf": "popularity by Zipf's law"}
 RULE_COLOURS = {"affinity": "#1f77b4", "two choices": "#7f7f7f", "random": "#c44e52"}
 BAR_WIDTH = 0.26
 
 
 def pictures(files: Sequence[Path], folder: Path) -> list[Path]:
-    """Draw what the files have results for, a model size and card at a time; returns the pictures' paths."""
+    """Draw pictures of the files' results, one set per model size and card; returns their paths."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -37,7 +37,7 @@ def pictures(files: Sequence[Path], folder: Path) -> list[Path]:
 
 
 def draw_decode(records: Sequence[Record], title: str, path: Path) -> None:
-    """Bars: time of a decode step by batch size and variant."""
+    """Draw bars: time of a decode step by batch size and variant."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
@@ -57,7 +57,7 @@ def draw_decode(records: Sequence[Record], title: str, path: Path) -> None:
 
 
 def draw_tenants(records: Sequence[Record], title: str, path: Path) -> None:
-    """Lines: throughput, and time to first token of requests that come alone, against the number of adapters."""
+    """Draw lines: throughput, and time to first token of single requests, by number of adapters."""
     from matplotlib import pyplot
 
     figure, every = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
@@ -87,7 +87,7 @@ def draw_tenants(records: Sequence[Record], title: str, path: Path) -> None:
 
 
 def draw_cluster(records: Sequence[Record], title: str, path: Path) -> None:
-    """Bars: loads and waiting by utilisation and routing rule."""
+    """Draw bars: adapter loads and waiting time by utilisation and routing rule."""
     from matplotlib import pyplot
 
     figure, every = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
@@ -109,7 +109,7 @@ def draw_cluster(records: Sequence[Record], title: str, path: Path) -> None:
 
 
 def _curves(records: Sequence[Record]) -> Iterator[tuple[str, str, list[Record]]]:
-    """Variant, popularity and records by number of adapters; a single adapter belongs to both popularities."""
+    """Yield variant, popularity, and records sorted by number of adapters. One adapter counts for both popularities."""
     for variant in ("parade", "lora"):
         for popularity in POPULARITIES:
             mine = [record for record in records if record["variant"] == variant]

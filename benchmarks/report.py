@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Results on paper: the machine they belong to, JSON, and Markdown tables with ratios to the base model."""
+"""Saves results as JSON with a description of the machine, and prints Markdown tables with ratios to the base model."""
 
 import json
 import platform
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
-# Of a record: over which GPUs the model was spread.
+# Key of a record: the tensor-parallel and pipeline-parallel sizes.
 LAYOUT = "layout"
 
 
@@ -21,9 +21,9 @@ class Columns:
     """Columns of a workload's table."""
 
     point: tuple[str, ...]
-    """What tells one measured point from another."""
+    """Keys that identify a measured point."""
     compared: tuple[str, ...] = ()
-    """Measures that are followed by their ratio to the base model at the same point."""
+    """Measures that get a second column with their ratio to the base model at the same point."""
     others: tuple[str, ...] = ()
 
 
@@ -71,7 +71,7 @@ TABLES = {
 
 
 def machine() -> Record:
-    """Card, versions and commit that the figures belong to."""
+    """Card, versions, commit and date of the results."""
     import vllm_parade
 
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
@@ -89,11 +89,11 @@ def _card() -> str:
     try:
         from vllm.platforms import current_platform
     except ImportError:
-        # The study needs no vLLM; its process uses the device anyway.
+        # The study runs without vLLM, and its process uses the device already.
         import torch
 
         return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    # Asked of the driver: a process that only starts others must not take device memory.
+    # vLLM asks the driver: a process that only starts other processes must not allocate device memory.
     return str(current_platform.get_device_name())
 
 
@@ -105,7 +105,7 @@ def _version(package: str) -> str | None:
 
 
 def save(path: Path | None, arguments: Record, results: Sequence[Record]) -> None:
-    """Write everything to a JSON file, if one is wanted."""
+    """Write machine, arguments and results to a JSON file; does nothing without a path."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         shown = {name: value for name, value in arguments.items() if name != "function"}
@@ -114,14 +114,16 @@ def save(path: Path | None, arguments: Record, results: Sequence[Record]) -> Non
 
 
 def ratio(record: Record, base: Record | None, measure: str) -> float | None:
-    """How many times the base model's figure this is; None where one of the two is missing."""
+    """Ratio of a record's measure to the base model's; None if one of them is missing or zero."""
     value, other = record.get(measure), (base or {}).get(measure)
     return value / other if value and other else None
 
 
 def with_beside(records: Sequence[Record]) -> list[Record]:
-    """Memory records, with what a PARADE engine uses beside base engine, tables and slots: of the device's memory, and
-    of what tensors took, which knows nothing of what an allocator keeps."""
+    """Memory records, extended by the memory that a PARADE engine uses beside base engine, tables and slots.
+
+    `beside_mib` compares used device memory, `allocated_beside_mib` tensors only, without an allocator's cached memory.
+    """
     base = {record.get(LAYOUT): record for record in records if record["variant"] == "base"}
     return [record | _beside(record, base.get(record.get(LAYOUT), {})) for record in records]
 
@@ -134,7 +136,7 @@ def _beside(record: Record, base: Record) -> Record:
 
 
 def table(workload: str, records: Sequence[Record]) -> str:
-    """A Markdown table of one workload's records, what belongs to one point together."""
+    """A Markdown table of one workload's records, grouped by measured point."""
     columns = TABLES[workload]
     point = (LAYOUT, *columns.point) if any(LAYOUT in record for record in records) else columns.point
     points: dict[tuple[Any, ...], list[Record]] = {}

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Servers under recorded traffic: `vllm serve` with dummy weights, driven by `vllm bench serve`.
+"""Measures servers under recorded traffic: `vllm serve` with dummy weights, driven by `vllm bench serve`.
 
-Lengths and arrivals are the trace's; prompts are random tokens, the same ones for every variant.
+Lengths and arrival times come from the trace. Prompts are random tokens, the same for all variants.
 """
 
 import csv
@@ -17,13 +17,13 @@ from benchmarks.measure import prepare_environment
 from benchmarks.models import make_loras, make_model, make_parades
 from testing.server import VLLM, server
 
-# No prompt is longer than what vLLM reads in one step by default on large cards, which PARADE needs.
+# PARADE reads a prompt in one step, so prompts are cut to vLLM's default for tokens per step on large cards.
 MAX_PROMPT = 8192
 MAX_ANSWER = 512
 
 
 def measure_server(settings: Settings, trace: Path, requests: int, speed: float) -> list[dict[str, Any]]:
-    """Records of one server under the trace: with its adapters, and a PARADE server also without using any."""
+    """Records of one server under the trace with its adapters; of a PARADE server, also with the base model only."""
     prepare_environment()
     folder = Path(settings.folder) / settings.size
     shape = make_model(folder, settings.size)
@@ -43,7 +43,7 @@ def measure_server(settings: Settings, trace: Path, requests: int, speed: float)
         flags = ["--enable-lora", "--max-loras", str(NUM_LORAS), "--max-lora-rank", "8", "--lora-modules", *modules]
     users = {"unused": [], "parade": names} if settings.variant == "parade" else {settings.variant: names}
     with server(str(folder), *common_flags(settings), *flags, log=folder / f"serve_{settings.variant}.log") as url:
-        # The first requests of a server meet kernels that are not compiled yet.
+        # Warm-up: a server's first requests compile kernels.
         bench(url, folder, replay, min(requests, 16), names)
         return [
             {"workload": "serve", "variant": name, "speed": speed, **bench(url, folder, replay, requests, used)}
@@ -52,11 +52,11 @@ def measure_server(settings: Settings, trace: Path, requests: int, speed: float)
 
 
 def write_replay(trace: Path, replay: Path, requests: int, speed: float, size: str) -> int:
-    """Write the first requests of a trace as `vllm bench serve` reads them; returns how many there are."""
+    """Write the first requests of a trace in the format of `vllm bench serve`; returns their number."""
     with trace.open(newline="") as file:
         rows = [row for row, _ in zip(csv.DictReader(file), range(requests), strict=False)]
     times = [datetime.fromisoformat(row["TIMESTAMP"][:26]) for row in rows]
-    # A tiny model is for a try: short prompts and answers.
+    # A tiny model is for quick runs, with short prompts and answers.
     longest, answer = (64, 8) if size == "tiny" else (MAX_PROMPT, MAX_ANSWER)
     with replay.open("w") as file:
         for number, (row, arrival) in enumerate(zip(rows, times, strict=True)):
@@ -64,7 +64,7 @@ def write_replay(trace: Path, replay: Path, requests: int, speed: float, size: s
                 "timestamp": (arrival - times[0]).total_seconds() / speed,
                 "input_length": max(1, min(int(row["ContextTokens"]), longest)),
                 "output_length": max(1, min(int(row["GeneratedTokens"]), answer)),
-                # One chunk as long as the prompt, and never the same one: nothing is in the prefix cache.
+                # A unique chunk of the prompt's length, so that no prompt hits the prefix cache.
                 "hash_ids": [number],
             }
             file.write(json.dumps(entry) + "\n")
@@ -72,7 +72,7 @@ def write_replay(trace: Path, replay: Path, requests: int, speed: float, size: s
 
 
 def common_flags(settings: Settings) -> list[str]:
-    """Flags that all variants share: the arguments of the offline engines."""
+    """Flags that all variants share, including the arguments of the offline engines."""
     flags = ["--max-num-batched-tokens", str(MAX_PROMPT), "--served-model-name", "base"]
     for name, value in settings.engine_arguments().items():
         flag = "--" + name.replace("_", "-")
@@ -84,7 +84,7 @@ def common_flags(settings: Settings) -> list[str]:
 
 
 def bench(url: str, tokenizer: Path, replay: Path, requests: int, names: list[str]) -> dict[str, Any]:
-    """Drive a server; figures as vLLM reports them."""
+    """Run `vllm bench serve` on a server; returns its figures."""
     result = replay.with_name("bench_result.json")
     command = [VLLM, "bench", "serve", "--base-url", url, "--model", "base", "--tokenizer", str(tokenizer)]
     command += ["--dataset-name", "timed_trace", "--dataset-path", str(replay), "--num-prompts", str(requests)]
@@ -92,7 +92,7 @@ def bench(url: str, tokenizer: Path, replay: Path, requests: int, names: list[st
     command += ["--percentile-metrics", "ttft,tpot", "--metric-percentiles", "50,99", "--save-result"]
     command += ["--result-dir", str(result.parent), "--result-filename", result.name]
     command += ["--lora-modules", *names] if names else []
-    # The client makes prompts from hash(): the same ones in every run.
+    # The client derives prompts from hash(); a fixed seed gives the same prompts in every run.
     subprocess.run(command, env={**os.environ, "PYTHONHASHSEED": "0"}, stdout=subprocess.DEVNULL, check=True)
     figures = json.loads(result.read_text())
     return {

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is measured: each workload is a function from an engine to result records.
+"""The workloads. Each is a function that measures an engine and yields result records.
 
-Time to first token of a point (a batch of prompts of one length) is the time in which the batch has one token each; its
-decode step is what every further token takes, once all requests decode. Medians stand beside all samples.
+A point is a batch of prompts of one length. Its time to first token ends when all prompts have one token. Its decode
+step is the time per further token, once all requests decode. Records have the median and all samples.
 """
 
 import random
@@ -16,10 +16,10 @@ from benchmarks.engine import COLLECTIVE, Variant, used_mib
 from benchmarks.report import Record
 
 ZIPF_EXPONENT = 1.0
-# Adapters of the workloads other than tenants: one for every row of the largest batch.
+# Number of adapters in all workloads but `tenants`: one per request of the largest batch.
 MANY = 256
 BEAM_WIDTH = 3
-# Of launches: tokens of a prompt, and kernels that a record names.
+# For `launches`: tokens of a prompt, and number of kernels listed in a record.
 SHORT, SLOWEST = 8, 20
 
 
@@ -52,25 +52,24 @@ TINY = Points(
 
 
 def points(size: str) -> Points:
-    """Points for a model size."""
+    """The sizes of the workloads for a model size."""
     return TINY if size == "tiny" else Points()
 
 
 class Measured:
-    """An engine and who uses it."""
+    """An engine and its users: sets of requests that are measured in turn."""
 
     def __init__(self, variant: Variant) -> None:
         self.variant = variant
         self.points = points(variant.settings.size)
         self.many = variant.adapters[:MANY]
-        # A PARADE engine serves the base model too: what it costs while nobody uses an adapter.
+        # "unused" measures a PARADE engine with requests of the base model only.
         self.users: dict[str, Sequence[Any]] = {"unused": (), "parade": self.many}
         if variant.name != "parade":
             self.users = {variant.name: self.many}
 
     def samples(self, run: Callable[[Sequence[Any]], float], repeats: int) -> dict[str, list[float]]:
-        """Seconds that a run takes with each user's requests, warmed up, users taking turns so that drift hits them
-        alike."""
+        """Seconds of `run` with each user's requests, after one warm-up. Users take turns, so drift hits all alike."""
         samples: dict[str, list[float]] = {name: [] for name in self.users}
         for number in range(repeats + 1):
             with self.variant.turn():
@@ -81,7 +80,7 @@ class Measured:
 
 
 def spread(samples: Sequence[float], name: str) -> Record:
-    """p20, p50, p80 and all samples of `name`_ms, from seconds."""
+    """Median, p20, p80 and all samples of `name`_ms in milliseconds, from samples in seconds."""
     values = sorted(1e3 * sample for sample in samples)
     fifths = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else values * 4
     return {
@@ -93,7 +92,7 @@ def spread(samples: Sequence[float], name: str) -> Record:
 
 
 def decode(measured: Measured) -> Iterator[Record]:
-    """Time of a decode step at several batch sizes, a different adapter in every row."""
+    """Time of a decode step at several batch sizes, with a different adapter for each request."""
     variant, length, tokens = measured.variant, measured.points.length, measured.points.decode_tokens
     for batch in measured.points.decode_batches:
         run = partial(variant.step, batch, length, tokens)
@@ -109,17 +108,17 @@ def decode(measured: Measured) -> Iterator[Record]:
 
 
 def prefill(measured: Measured) -> Iterator[Record]:
-    """Time to first token, for single prompts and whole batches."""
+    """Time to first token, for single prompts and batches."""
     variant, repeats = measured.variant, measured.variant.settings.repeats
     for batch, length in measured.points.prefill:
-        # Short runs are noisy.
+        # Short runs are noisier, so they get more repeats.
         more = 5 * repeats if batch == 1 else repeats + 2 if batch <= 32 else repeats
         for name, samples in measured.samples(partial(variant.run, batch, length, 1), more).items():
             yield {"workload": "prefill", "variant": name, "batch": batch, "length": length, **spread(samples, "ttft")}
 
 
 def repeat(measured: Measured) -> Iterator[Record]:
-    """Time to first token of a prompt that was asked before, so that keys, values and vectors are cached."""
+    """Time to first token of a repeated prompt, whose keys, values and vectors are cached."""
     variant, sizes = measured.variant, measured.points
     for name, requests in measured.users.items():
         samples = []
@@ -133,12 +132,12 @@ def repeat(measured: Measured) -> Iterator[Record]:
 
 
 def touch(variant: Variant, adapters: Sequence[Any]) -> float:
-    """Use every adapter once, in order, so that all are in host memory; seconds that took."""
+    """Use every adapter once, in order, so that all are in host memory; returns the seconds."""
     return variant.run(len(adapters), 16, 1, adapters) if adapters else 0.0
 
 
 def drawn(adapters: Sequence[Any], count: int, popularity: str) -> list[Any]:
-    """Adapters of `count` requests: each as likely as any other, or by Zipf's law; the same ones in every run."""
+    """Random adapters for `count` requests, uniform or by Zipf's law; the same in every run."""
     if not adapters:
         return []
     exponent = ZIPF_EXPONENT if popularity == "zipf" else 0.0
@@ -147,17 +146,20 @@ def drawn(adapters: Sequence[Any], count: int, popularity: str) -> list[Any]:
 
 
 def _alone(adapters: Sequence[Any], count: int, popularity: str) -> list[Sequence[Any]]:
-    """Adapters of requests that come one at a time. Uniform ones go round in the order in which `touch` went, so that
-    with more adapters than slots none finds its adapter on the device."""
+    """Adapters for requests that are sent one at a time.
+
+    With uniform popularity, they cycle in the order of `touch`. So with more adapters than slots, no request finds its
+    adapter on the device.
+    """
     if popularity == "zipf":
         return [[adapter] for adapter in drawn(adapters, count, popularity)]
     return [[adapters[number % len(adapters)]] if adapters else [] for number in range(count)]
 
 
 def tenants(measured: Measured) -> Iterator[Record]:
-    """Throughput, and time to first token of requests that come alone, against the number of adapters.
+    """Throughput, and time to first token of single requests, by number of adapters.
 
-    Every repeat goes through all numbers of adapters, so that drift hits them alike.
+    Every repeat measures all numbers of adapters, so drift affects all alike.
     """
     variant, sizes = measured.variant, measured.points
     counts = [count for count in sizes.tenants if count <= len(variant.adapters)] or [0]
@@ -182,7 +184,7 @@ def tenants(measured: Measured) -> Iterator[Record]:
 
 
 def _tenants_sample(measured: Measured, count: int, popularity: str, number: int) -> tuple[list[float], float]:
-    """Of repeat `number`: seconds of its share of the requests that come alone, and of all those that come at once."""
+    """Seconds of one repeat: of each single request in its share, and of all `requests` sent at once."""
     variant, sizes = measured.variant, measured.points
     some, share = variant.adapters[:count], -(-sizes.singles // variant.settings.repeats)
     touch(variant, some)
@@ -193,11 +195,11 @@ def _tenants_sample(measured: Measured, count: int, popularity: str, number: int
 
 
 def table4(measured: Measured) -> Iterator[Record]:
-    """The paper's Table 4: one request, its answer greedy and by beam search, and memory."""
+    """The paper's Table 4: one request with greedy decoding and with beam search, and memory."""
     variant = measured.variant
     yield _table4_row(measured, variant.name)
     if variant.name == "parade":
-        # (IA)3 as PARADE's layers would serve it: vectors that no generator writes.
+        # (IA)3 served by PARADE's layers: static vectors, no generators.
         variant.set_static(True)
         yield _table4_row(measured, "ia3")
         variant.set_static(False)
@@ -219,7 +221,7 @@ def _table4_row(measured: Measured, name: str) -> Record:
     try:
         variant.beam_search(BEAM_WIDTH, sizes.length, sizes.answer, requests)
         beams = [variant.beam_search(BEAM_WIDTH, sizes.length, sizes.answer, requests) for _ in range(repeats)]
-    # Whatever a vLLM version cannot do with an adapter: the row then says why.
+    # If this vLLM version has no beam search with the adapter, the row records the error.
     except Exception as error:
         return {**row, "beam3_tokens_per_s": None, "beam3_mib": None, "beam3_error": f"{type(error).__name__}: {error}"}
     beam = sizes.answer / statistics.median(beams)
@@ -227,7 +229,7 @@ def _table4_row(measured: Measured, name: str) -> Record:
 
 
 def collectives(measured: Measured) -> Iterator[Record]:
-    """What workers tell each other while one prompt is read and answered."""
+    """Number of collective operations of each worker for one prompt and its answer."""
     for name, requests in measured.users.items():
         measured.variant.recorded(1, 64, 9, requests)
         for rank, ran in enumerate(measured.variant.recorded(1, 64, 9, requests)):
@@ -242,10 +244,10 @@ def collectives(measured: Measured) -> Iterator[Record]:
 
 
 def launches(measured: Measured) -> Iterator[Record]:
-    """Kernels of a decode step on the first worker: how many, and how long they run.
+    """Number and total time of the kernels of a decode step on the first worker.
 
-    Prompts are short, so that what a longer answer adds is decode steps and little else; counts are rounded, since
-    prompts may arrive in a step more or less.
+    The difference between a long and a short answer gives the decode steps; prompts are short, so their share is small.
+    Counts are rounded, because the number of prefill steps may differ by one.
     """
     variant, steps = measured.variant, measured.points.decode_tokens
     for batch in measured.points.decode_batches:

@@ -1,4 +1,4 @@
-"""Ask a running server (examples/serve.sh): an adapter is a model name, and answers can be streamed.
+"""Ask a running server (examples/serve.sh). The model name selects the adapter, and the answers are streamed.
 
 python examples/client.py [--url http://localhost:8000/v1]
 """
@@ -16,7 +16,7 @@ QUESTIONS = {
 
 
 def ask(client: OpenAI, model: str, prompt: str) -> None:
-    """Print the answer while it comes."""
+    """Stream the answer and print it."""
     print(f"  {model}: ", end="", flush=True)
     answer = client.chat.completions.create(
         model=model,
@@ -31,7 +31,7 @@ def ask(client: OpenAI, model: str, prompt: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Ask base model and adapters the same questions.")
+    parser = argparse.ArgumentParser(description="Ask the base model and the adapters the same questions.")
     parser.add_argument("--url", default="http://localhost:8000/v1")
     client = OpenAI(base_url=parser.parse_args().url, api_key="none")
     models = {card.id: card.to_dict() for card in client.models.list()}

@@ -1,6 +1,6 @@
-"""Two adapters and their base model on one server, asked in one batch, their answers side by side.
+"""Start a server, ask the base model and two adapters in one batch, and print their answers side by side.
 
-`make demo` runs it (`python -m examples.demo` in the project's folder). The exit code says whether all of it worked.
+`make demo` runs it (`python -m examples.demo` in the project's folder). The exit code is 0 if every step worked.
 """
 
 import asyncio
@@ -22,14 +22,14 @@ from tools.base_model import MODEL_NAME, base_model
 from vllm_parade.train.templates import e2e_prompt, sst2_prompt
 
 ADAPTERS = Path(__file__).resolve().parent / "adapters"
-# The shortest way to the first answer: no compilation, and no room for more than these prompts need.
+# For a fast start: no compilation, and no more memory than these prompts need.
 FLAGS = [
     *("--served-model-name", MODEL_NAME, "--dtype", "bfloat16"),
     *("--enforce-eager", "--max-model-len", "2048", "--max-num-seqs", "32"),
     *("--enable-parade", "--parade-modules", f"sst2={ADAPTERS / 'sst2'}", f"e2e={ADAPTERS / 'e2e'}"),
 ]
 ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; vLLM would take a share of the machine's memory
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; by default vLLM takes a share of the machine's memory
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",  # the model is a local folder
 }
@@ -45,10 +45,10 @@ QUESTIONS = [
 
 
 async def ask(client: AsyncOpenAI, model: str, prompt: str) -> str:
-    """One answer, with dots where it was cut off."""
+    """One answer, followed by `...` if it was cut off."""
     answer = await client.chat.completions.create(
         model=model,
-        # No system message: the chat template adds the one that the adapters were trained under.
+        # No system message: the chat template adds the one that the adapters were trained with.
         messages=[{"role": "user", "content": prompt}],
         temperature=0,
         max_tokens=64,
@@ -58,7 +58,7 @@ async def ask(client: AsyncOpenAI, model: str, prompt: str) -> str:
 
 
 async def ask_all(url: str) -> list[tuple[str, str]]:
-    """The base model's answer and the adapter's to every question, all asked at once."""
+    """Ask all questions at once; returns the base model's and the adapter's answer to each."""
     async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=300, max_retries=0) as client:
         asked = [ask(client, model, prompt) for adapter, prompt in QUESTIONS for model in (MODEL_NAME, adapter)]
         answers = await asyncio.gather(*asked)
@@ -70,7 +70,7 @@ def print_table(answers: list[tuple[str, str]]) -> None:
     for heading, ratio in (("prompt", 5), ("base model", 5), ("adapter", 1), ("its answer", 5)):
         table.add_column(heading, ratio=ratio)
     for (adapter, prompt), (base, adapted) in zip(QUESTIONS, answers, strict=True):
-        # Text, for rich would take the brackets of an E2E reference for markup.
+        # Text, because rich would parse the brackets of an E2E reference as markup.
         table.add_row(*map(Text, (prompt, base, adapter, adapted)))
     Console(width=None if sys.stdout.isatty() else 140).print(table)
 
@@ -80,7 +80,7 @@ def say(line: str) -> None:
 
 
 def main() -> None:
-    # Exceptions, so that the server is stopped on the way out.
+    # Raise SystemExit on signals, so that the context manager stops the server.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
     start, log = time.monotonic(), Path(tempfile.mkstemp(prefix="vllm-parade-demo-", suffix=".log")[1])
@@ -93,7 +93,7 @@ def main() -> None:
     except ServerError as error:
         sys.exit(f"demo: {error}")
     if any(base == adapted for base, adapted in answers):
-        sys.exit("demo: an adapter gave the base model's answer")
+        sys.exit("demo: an adapter gave the same answer as the base model")
     say(f"done in {time.monotonic() - start:.0f} s")
 
 

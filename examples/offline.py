@@ -1,4 +1,4 @@
-"""Base model and two adapters in one batch, without a server.
+"""Generate with the base model and two adapters in one batch, without a server.
 
 python examples/offline.py
 """
@@ -19,14 +19,14 @@ REFERENCE = e2e_prompt("name[Sea Lantern], eatType[restaurant], priceRange[high]
 
 
 def main() -> None:
-    # The adapters' base model, without access to the Hub; else "HuggingFaceTB/SmolLM2-135M-Instruct".
+    # Builds the adapters' base model without access to the Hub. With access, use "HuggingFaceTB/SmolLM2-135M-Instruct".
     model = subprocess.check_output([sys.executable, ROOT / "tools/base_model.py"], text=True).strip()
-    # Without enforce_eager the model is compiled, which takes longer to start.
+    # Without enforce_eager, vLLM compiles the model at startup, which takes longer.
     llm = LLM(model, enable_parade=True, enforce_eager=True, max_model_len=2048, max_num_seqs=32)
     sst2 = ParadeRequest("sst2", str(ADAPTERS / "sst2"))
     e2e = ParadeRequest("e2e", str(ADAPTERS / "e2e"))
 
-    # One entry a prompt; None is the base model. `chat` renders the template that the adapters were trained under.
+    # One entry per prompt; None is the base model. `chat` applies the template that the adapters were trained with.
     prompts = [SENTENCE, SENTENCE, REFERENCE, REFERENCE]
     requests = [None, sst2, None, e2e]
     conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]

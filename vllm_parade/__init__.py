@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 from vllm_parade.plugin import install_keyword_seams
 from vllm_parade.request import ParadeRequest
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = ["ParadeConfig", "ParadeRequest", "__version__"]
 
-# `LLM(model, enable_parade=True)` is checked by EngineArgs before vLLM loads its plugins, so the import that brings
-# ParadeRequest must also teach EngineArgs the keywords. It loads nothing of vLLM itself.
+# EngineArgs rejects unknown keywords before vLLM loads plugins, so `LLM(model, enable_parade=True)` needs this call at
+# import. It does not import vLLM.
 install_keyword_seams()
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    # PEFT and Transformers are for training: a server does not load them here.
+    # Imported on demand: the tuner loads PEFT and Transformers for training.
     if name == "ParadeConfig":
         from vllm_parade.tuner import ParadeConfig
 

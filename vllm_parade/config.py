@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The server's knobs: the ParadeConfig flags, checked in one place."""
+"""The options of an engine with PARADE: the flags of the group ParadeConfig, validated in one place."""
 
 import hashlib
 import json
@@ -13,31 +13,31 @@ from vllm_parade.adapter.config import DEFAULT_SITES, SITES
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-# Key of the knobs in EngineArgs.additional_config, where flags and keywords are folded; once the engine's config is
-# made only what its compile cache must know stays there.
+# Key in EngineArgs.additional_config that holds flags and keywords. In the final VllmConfig, it holds only what enters
+# the compile cache key.
 CONFIG_KEY = "parade"
-# Most adapters that host memory holds unless --max-cpu-parades says otherwise.
+# Upper limit of the default for --max-cpu-parades.
 MOST_HOST_ADAPTERS = 256
 
 
 class ServingConfigError(ValueError):
-    """A knob or a combination that cannot be served; the message names flag, value and remedy."""
+    """An option or a combination that cannot be served. The message names the flag, its value and the remedy."""
 
 
 @dataclass(frozen=True)
 class ParadeModule:
-    """An adapter that is served from the start under its name."""
+    """An adapter that is served from startup."""
 
     name: str
-    """Name that clients give as `model`."""
+    """Name that clients send as `model`."""
     path: str
     """Folder of the adapter."""
     base_model_name: str | None = None
-    """Parent shown in /v1/models; the served base model if not given."""
+    """Parent shown in /v1/models. Defaults to the served base model."""
 
     @classmethod
     def parse(cls, value: "str | Mapping[str, Any] | ParadeModule") -> "ParadeModule":
-        """Read `name=path`, a JSON object or a mapping with "name" and "path"."""
+        """Read `name=path`, a JSON object, or a mapping with "name" and "path"."""
         if isinstance(value, ParadeModule):
             return value
         if isinstance(value, str):
@@ -58,34 +58,35 @@ class ParadeModule:
         try:
             return dict(json.loads(text))
         except ValueError as error:
-            raise ServingConfigError(f"--parade-modules got {text!r}, which is no JSON: {error}") from None
+            raise ServingConfigError(f"--parade-modules got {text!r}, which is not valid JSON: {error}") from None
 
 
 @dataclass(frozen=True)
 class ServingConfig:
-    """How an engine serves PARADE adapters. Each field is a flag (`--enable-parade`), its docstring the flag's help."""
+    """Options of an engine. Each field is a flag, such as `--enable-parade`; its docstring is the flag's help text."""
 
     enable_parade: bool = False
     """Serve PARADE adapters."""
     parade_modules: tuple[ParadeModule, ...] = ()
-    """Adapters served from the start: NAME=PATH, or JSON {"name": ..., "path": ..., "base_model_name": ...}. Clients
-    ask for one by giving its name as model."""
+    """Adapters served from startup: NAME=PATH, or JSON {"name": ..., "path": ..., "base_model_name": ...}. Clients
+    select one by sending its name as model."""
     max_parades: int = 32
-    """Adapters resident on the device. Only reading a prompt needs one there; decoding needs none, so a batch may hold
-    requests of any number of adapters."""
+    """Number of adapter slots on the device. An adapter needs a slot only while it reads a prompt, not while its
+    requests decode. So a batch may mix any number of adapters."""
     max_cpu_parades: int | None = None
-    """Adapters held in host memory, at least max-parades. By default as many as an eighth of the machine's memory
-    holds, at most 256, but never fewer than max-parades or the number of parade-modules."""
+    """Maximum number of adapters in host memory, at least max-parades. By default, as many as fit into an eighth of the
+    machine's memory, at most 256, but never fewer than max-parades or the number of parade-modules."""
     max_parade_rank: int = 16
-    """Largest bottleneck size r that an adapter may have. Device memory for max-parades adapters of this size is taken
-    at start."""
+    """Maximum bottleneck size r of an adapter. Device memory for max-parades adapters of this size is allocated at
+    startup."""
     parade_vector_cache: int = 64
-    """Prompts whose vectors are kept after their request, so that the same prompt under the same adapter is not read
-    again: neither by a generator nor, as far as the prefix cache still has it, by the model. Each takes one row of the
-    vector tables (1.2 MB for LLaMA-2 7B); 0 keeps none."""
+    """Number of prompts whose vectors stay cached after their requests end. For a cached prompt under the same adapter,
+    no generator runs, and the prefix cache works as usual. Each prompt takes one row of the vector tables (1.2 MB for
+    LLaMA-2 7B); 0 reserves no rows."""
     parade_sites: tuple[str, ...] | None = None
-    """Projections whose outputs adapters may scale, out of q, k, v, gate, up. By default q, v, up and what the adapters
-    of parade-modules name. Each takes max-num-seqs times its width of device memory in every layer."""
+    """Projections whose outputs adapters may scale, out of q, k, v, gate, up. By default, q, v, up and the sites of all
+    parade-modules. In every layer, each site takes device memory for its width times (1 + max-num-seqs +
+    parade-vector-cache) numbers."""
 
     def __post_init__(self) -> None:
         modules = tuple(ParadeModule.parse(module) for module in self.parade_modules)
@@ -122,8 +123,8 @@ class ServingConfig:
             return
         if self.max_cpu_parades < self.max_parades:
             raise ServingConfigError(
-                f"--max-cpu-parades is {self.max_cpu_parades}, less than --max-parades, {self.max_parades}; what is on "
-                "the device is held in host memory too: raise the first or lower the second"
+                f"--max-cpu-parades is {self.max_cpu_parades}, less than --max-parades, {self.max_parades}; host "
+                "memory also holds the adapters on the device: raise the first or lower the second"
             )
         if self.max_cpu_parades < len(names):
             raise ServingConfigError(
@@ -133,21 +134,21 @@ class ServingConfig:
 
     @property
     def least_cpu_parades(self) -> int:
-        """Adapters that host memory must hold: those that device memory may hold, and all of parade-modules."""
+        """Minimum capacity of host memory in adapters: all slots, and all of parade-modules, must fit."""
         return max(self.max_parades, len(self.parade_modules))
 
     def num_rows(self, max_num_seqs: int) -> int:
-        """Rows of the vector tables: the identity, one for every request that can run, and the cached ones."""
+        """Rows of the vector tables: the identity row, one per running request, and the cached ones."""
         return 1 + max_num_seqs + self.parade_vector_cache
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """Projections that have columns in the vector tables."""
+        """Projections with columns in the vector tables."""
         return self.parade_sites or DEFAULT_SITES
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ServingConfig":
-        """Read the knobs from `additional_config["parade"]`.
+        """Read the options from `additional_config["parade"]`.
 
         Raises:
             ServingConfigError: names the flag, its value and the remedy.
@@ -161,12 +162,12 @@ class ServingConfig:
 
     @classmethod
     def from_vllm_config(cls, vllm_config: "VllmConfig") -> "ServingConfig":
-        """The knobs of an engine; disabled where PARADE was not asked for."""
+        """The options of an engine. If PARADE was not requested, the defaults: disabled."""
         additional = vllm_config.additional_config
         return additional.serving_config if isinstance(additional, AdditionalConfig) else cls()
 
     def hashed(self, num_rows: int) -> dict[str, Any]:
-        """What shapes the compiled model and so enters vLLM's compile cache key. Adapters' names and paths do not."""
+        """What enters vLLM's compile cache key: all that shapes the compiled model, but no adapter names or paths."""
         digest = hashlib.sha256()
         for path in traced_files():
             digest.update(json.dumps([path.name, path.read_text(encoding="utf-8")]).encode())
@@ -174,27 +175,28 @@ class ServingConfig:
 
 
 def traced_files() -> list[Path]:
-    """Files whose code shapes the compiled model: all of `layers/`, the only room that hooks modules or defines ops."""
+    """Files whose code shapes the compiled model. Only `layers/` hooks modules and defines custom ops."""
     return sorted((Path(__file__).parent / "layers").glob("*.py"))
 
 
 def drafting_slots(vllm_config: "VllmConfig") -> int:
-    """Tokens of a step's batch that vLLM sets aside for each of its requests, beside those scheduled, to draft with."""
+    """Input tokens that vLLM reserves for drafting, per request and step, in addition to the scheduled tokens."""
     speculative = vllm_config.speculative_config
     return speculative.max_num_new_slots_for_drafting if speculative is not None else 0
 
 
 def step_tokens(vllm_config: "VllmConfig") -> int:
-    """Tokens of the longest instruction: it passes in one step, which leaves a drafting request's own slots free."""
+    """Maximum tokens of an instruction. It runs in one step, which also needs the drafting slots of its request."""
     scheduler = vllm_config.scheduler_config
     room = scheduler.max_num_batched_tokens - drafting_slots(vllm_config)
     return min(scheduler.max_num_scheduled_tokens or room, room)
 
 
 class AdditionalConfig(dict[str, Any]):
-    """An engine's `additional_config`: what vLLM hashes are its entries; the knobs go along to every process unseen.
+    """An engine's `additional_config`. vLLM hashes the entries; the attribute `serving_config` stays out of the hash.
 
-    An attribute of vLLM's own config would be in the way where vLLM copies it field by field, as for draft models.
+    Both reach every process. An extra attribute on VllmConfig itself would break vLLM's field-by-field copies of it,
+    as for draft models.
     """
 
     def __init__(self, entries: Mapping[str, Any], serving_config: ServingConfig) -> None:
@@ -202,7 +204,7 @@ class AdditionalConfig(dict[str, Any]):
         self.serving_config = serving_config
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """For pickle, which would else make an empty one first."""
+        """Let pickle call the constructor with both values instead of filling an empty dict."""
         return AdditionalConfig, (dict(self), self.serving_config)
 
 
@@ -211,11 +213,11 @@ def _tuple(values: Any) -> tuple[Any, ...]:
 
 
 def flag_name(field_name: str) -> str:
-    """The command line's spelling of a knob."""
+    """The command-line flag of an option."""
     return "--" + field_name.replace("_", "-")
 
 
 def given_sites(modules_sites: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
-    """Default sites together with those that the adapters of --parade-modules name."""
+    """The default sites and those of the adapters in --parade-modules, in the order of `SITES`."""
     named = {site for sites in (DEFAULT_SITES, *modules_sites) for site in sites}
     return tuple(site for site in SITES if site in named)

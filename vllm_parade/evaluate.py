@@ -3,9 +3,9 @@
 
     python -m vllm_parade.evaluate --model MODEL --task sst2 --data FOLDER --adapter mine=adapters/sst2
 
-Base model and all adapters answer in one batch. Adapters are PARADE's, or LoRA's, which vLLM serves too. Where a task
-has only a few answers the likeliest counts; else the greedy answer, or the best of a beam search (--num_beams 3, as in
-the paper).
+Base model and all adapters answer in one batch. The adapters are PARADE's or LoRA's. For tasks with a few possible
+answers, the most likely one counts. For other tasks, the greedy answer counts, or the best of a beam search
+(--num_beams 3, as in the paper).
 """
 
 import argparse
@@ -32,7 +32,7 @@ LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """The argument parser."""
     top = argparse.ArgumentParser(
         prog="python -m vllm_parade.evaluate",
         description=__doc__,
@@ -47,12 +47,12 @@ def parser() -> argparse.ArgumentParser:
         default=[],
         type=_named,
         metavar="NAME=PATH",
-        help="folders of adapters, all of one kind",
+        help="names and folders of adapters, all PARADE or all LoRA",
     )
     top.add_argument("--split", default="test", choices=("dev", "test"), help="default: %(default)s")
-    top.add_argument("--rows", type=int, help="the split's first examples; default: all")
-    top.add_argument("--template", default="chat", choices=sorted(TEMPLATES), help="as in training")
-    top.add_argument("--num_beams", type=int, default=1, help="default: %(default)s, greedy")
+    top.add_argument("--rows", type=int, help="number of examples, from the start of the split; default: all")
+    top.add_argument("--template", default="chat", choices=sorted(TEMPLATES), help="the template used in training")
+    top.add_argument("--num_beams", type=int, default=1, help="beam width; default: %(default)s, greedy")
     top.add_argument("--engine", type=_options, default={}, help="further engine arguments, as JSON")
     top.add_argument("--output", type=Path, help="JSON file for scores and answers")
     return top
@@ -61,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
 def _named(text: str) -> tuple[str, str]:
     name, equals, path = text.partition("=")
     if not equals or not name or not (Path(path) / "adapter_config.json").is_file():
-        raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=PATH, the folder of an adapter")
+        raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=PATH with the folder of an adapter")
     return name, path
 
 
@@ -69,48 +69,46 @@ def _options(text: str) -> dict[str, Any]:
     try:
         values = json.loads(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON: {error}") from None
+        raise argparse.ArgumentTypeError(f"{text!r}: invalid JSON: {error}") from None
     if not isinstance(values, dict):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a JSON object, the arguments' values by their names")
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a JSON object that maps argument names to values")
     return values
 
 
 def _settings(path: str) -> dict[str, Any]:
-    """Read adapter_config.json of an adapter of any kind."""
+    """Read adapter_config.json of an adapter, for any PEFT type."""
     file = Path(path) / "adapter_config.json"
     with naming("--adapter"):
         try:
             values = json.loads(read_text(file))
         except json.JSONDecodeError as error:
-            raise ValueError(f"{file}: no valid JSON: {error}; expected PEFT's settings of an adapter") from error
+            raise ValueError(f"{file}: invalid JSON: {error}; expected PEFT's config of an adapter") from error
         if not isinstance(values, dict) or not isinstance(values.get("peft_type"), str):
-            raise ValueError(f"{file}: names no peft_type; expected PEFT's settings of an adapter")
+            raise ValueError(f"{file}: has no peft_type; expected PEFT's config of an adapter")
         if not isinstance(values.get("r", 1), int):
             raise ValueError(f"{file}: r is {values['r']!r}; expected a whole number")
         return values
 
 
 def adapter_kind(adapters: Sequence[tuple[str, str]]) -> str:
-    """PARADE or LORA, by the adapters' configs.
+    """The PEFT type of the adapters, PARADE or LORA; PARADE without adapters.
 
     Raises:
-        ValueError: a kind that vLLM does not serve, or several.
+        ValueError: vLLM does not serve the type, or the adapters have several types.
     """
     kinds = {_settings(path)["peft_type"] for _, path in adapters}
     if len(kinds) > 1:
-        raise ValueError(
-            f"--adapter names adapters of the kinds {', '.join(sorted(kinds))}; one engine serves one kind"
-        )
+        raise ValueError(f"--adapter names adapters of the types {', '.join(sorted(kinds))}; give adapters of one type")
     kind = kinds.pop() if kinds else "PARADE"
     if kind not in ("PARADE", "LORA"):
         raise ValueError(
-            f"--adapter names an adapter of the kind {kind}, which vLLM does not serve; expected PARADE or LORA"
+            f"--adapter names an adapter of type {kind}, which vLLM does not serve; expected PARADE or LORA"
         )
     return kind
 
 
 def check_adapters(adapters: Sequence[tuple[str, str]]) -> None:
-    """Refuse adapters that vLLM would refuse after loading the base model.
+    """Refuse adapters before the base model is loaded; vLLM would refuse them only afterwards.
 
     Raises:
         ValueError: names the adapter, the reason and the remedy.
@@ -118,7 +116,7 @@ def check_adapters(adapters: Sequence[tuple[str, str]]) -> None:
     names = [name for name, _ in adapters]
     for name in names:
         if name == BASE or names.count(name) > 1:
-            raise ValueError(f"--adapter: the name {name!r} is already taken; give every adapter a name of its own")
+            raise ValueError(f"--adapter: the name {name!r} is already taken; give each adapter its own name")
     if adapter_kind(adapters) == "PARADE":
         for _, path in adapters:
             with naming("--adapter"):
@@ -128,7 +126,7 @@ def check_adapters(adapters: Sequence[tuple[str, str]]) -> None:
 
 
 class Server:
-    """An engine that serves base model and adapters."""
+    """An engine that serves the base model and the adapters."""
 
     def __init__(self, model: str, adapters: Sequence[tuple[str, str]], engine: dict[str, Any]) -> None:
         from vllm import LLM
@@ -152,7 +150,7 @@ class Server:
         self.tokenizer = self.llm.get_tokenizer()
 
     def answers(self, task: Task, examples: Sequence[Example], template: str, num_beams: int) -> dict[str, list[str]]:
-        """Answers to all examples by base model and every adapter."""
+        """Answers to all examples, by the name of the adapter or `BASE`."""
         prompts = [{"prompt_token_ids": encode_prompt(self.tokenizer, e.prompt, template)} for e in examples]
         asked = [(prompt, request) for request in self.requests.values() for prompt in prompts]
         texts = self._ask([prompt for prompt, _ in asked], [request for _, request in asked], task, num_beams)
@@ -175,7 +173,7 @@ class Server:
             )
             return [output.outputs[0].text.strip() for output in outputs]
         beams = self.llm.beam_search(prompts, BeamSearchParams(num_beams, task.max_new_tokens), **chosen)
-        # A beam's text begins with its prompt.
+        # A beam's tokens begin with the prompt.
         return [
             self.tokenizer.decode(
                 beam.sequences[0].tokens[len(prompt["prompt_token_ids"]) :], skip_special_tokens=True
@@ -186,16 +184,16 @@ class Server:
 
 @contextmanager
 def _refusals(model: str, engine: dict[str, Any]) -> Iterator[None]:
-    """Name the flags behind what the engine refuses."""
+    """Turn errors of the engine's startup into a ValueError that names the flags."""
     try:
         yield
     except AdapterError as error:
         raise ValueError(f"--adapter {error}") from error
     except ServingConfigError:
-        # It names the option itself.
+        # The message names the option already.
         raise
     except (OSError, TypeError, ValueError) as error:
-        # Any other TypeError is a bug, not a refusal.
+        # Any other TypeError is a bug, not bad input.
         if isinstance(error, TypeError) and "unexpected keyword argument" not in str(error):
             raise
         if isinstance(error, OSError) and not Path(model).exists():
@@ -204,7 +202,7 @@ def _refusals(model: str, engine: dict[str, Any]) -> Iterator[None]:
 
 
 def _largest(adapters: Sequence[tuple[str, str]], least: int) -> int:
-    # PEFT always writes r; the default is for files written by hand.
+    # PEFT always writes r. The default covers files that were written by hand.
     ranks = (_settings(path).get("r", least) for _, path in adapters)
     return max([least, *ranks])
 
@@ -236,7 +234,7 @@ def check(args: argparse.Namespace) -> list[Example]:
 
 
 def _check_template(args: argparse.Namespace) -> None:
-    """Check the chat template where vLLM uses Transformers' tokenizer."""
+    """Check the chat template, if vLLM uses Transformers' tokenizer."""
     if args.template != "chat" or {"tokenizer", "tokenizer_mode"} & set(args.engine):
         return
     from transformers import AutoTokenizer
@@ -250,7 +248,7 @@ def _check_template(args: argparse.Namespace) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
-    """Scores of base model and adapters, with the answers that they are scores of."""
+    """Scores of base model and adapters, with their answers."""
     task, examples = TASKS[args.task], check(args)
     server = Server(args.model, args.adapter, args.engine)
     started = time.perf_counter()
@@ -270,7 +268,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     args = parser().parse_args()
     with one_line_errors("evaluate"):

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draw what an adapter does: attention maps with and without it, as in the paper's Figures 3-6, and vectors by prompt.
+"""Draw attention maps with and without an adapter, as in the paper's Figures 3-6, and the adapter's vectors by prompt.
 
     python -m vllm_parade.inspect --model MODEL --adapter adapters/sst2 --prompts prompts.txt --output pictures
 
-Prints how much the vectors depend on the prompt: their spread over the prompts, relative to their distance from one.
+The command prints how much the vectors depend on the prompt: their spread over the prompts, relative to their distance
+from one.
 """
 
 import argparse
@@ -27,7 +28,7 @@ SHOWN_ENTRIES = 512
 
 
 def vectors(model: Any, tokenizer: Any, prompts: Sequence[list[int]], batch_size: int = 64) -> dict[int, Tensor]:
-    """Vectors of all prompts, [prompts, d_out] float32 on the CPU, by layer."""
+    """Vectors of all prompts by layer, each [prompts, d_out] float32 on the CPU."""
     from vllm_parade.tuner.model import ARGUMENT
 
     parts: dict[int, list[Tensor]] = {}
@@ -41,12 +42,12 @@ def vectors(model: Any, tokenizer: Any, prompts: Sequence[list[int]], batch_size
 
 
 def prompt_dependence(found: dict[int, Tensor]) -> dict[str, float]:
-    """How much vectors differ from prompt to prompt, over all layers.
+    """How much the vectors of all layers differ between prompts.
 
     Returns:
         spread: root mean square, over entries, of the standard deviation over prompts
         distance: root mean square distance of the mean vector from one
-        ratio: spread / distance; 0 is a constant vector, (IA)3's
+        ratio: spread / distance; 0 for a constant vector, like that of (IA)3
     """
     every = torch.cat(list(found.values()), dim=1)
     spread = every.std(dim=0, correction=0).square().mean().sqrt().item()
@@ -55,7 +56,7 @@ def prompt_dependence(found: dict[int, Tensor]) -> dict[str, float]:
 
 
 def attention_maps(model: Any, ids: list[int], layers: Sequence[int]) -> dict[int, Tensor]:
-    """Attention of the prompt's first tokens, [heads, tokens, tokens], by layer."""
+    """Attention over the prompt's first `MAX_TOKENS` tokens by layer, each [heads, tokens, tokens]."""
     tokens = torch.tensor([ids[:MAX_TOKENS]], device=model.device)
     with torch.no_grad():
         attentions = model(input_ids=tokens, output_attentions=True).attentions
@@ -63,7 +64,7 @@ def attention_maps(model: Any, ids: list[int], layers: Sequence[int]) -> dict[in
 
 
 def draw_attention(model: Any, ids: list[int], layers: Sequence[int], heads: Sequence[int], folder: Path) -> list[Path]:
-    """One picture a layer: a row with the adapter and one without it, a column a head."""
+    """Draw one picture per layer: base model in the first row, adapter in the second, one column per head."""
     from matplotlib import pyplot
 
     adapted = attention_maps(model, ids, layers)
@@ -78,7 +79,7 @@ def draw_attention(model: Any, ids: list[int], layers: Sequence[int], heads: Seq
                 axes[row, column].imshow(maps[layer][head].sqrt(), cmap="magma", vmin=0, vmax=1)
                 axes[row, column].set_title(f"{label}, head {head}", fontsize=8)
                 axes[row, column].tick_params(labelsize=6)
-        figure.suptitle(f"layer {layer}: square root of attention, key along the bottom", fontsize=9)
+        figure.suptitle(f"layer {layer}: square root of attention; keys on the horizontal axis", fontsize=9)
         paths.append(folder / f"attention_layer{layer}.png")
         figure.savefig(paths[-1], dpi=120)
         pyplot.close(figure)
@@ -86,7 +87,7 @@ def draw_attention(model: Any, ids: list[int], layers: Sequence[int], heads: Seq
 
 
 def draw_vectors(found: dict[int, Tensor], layers: Sequence[int], folder: Path) -> Path:
-    """A panel a layer: prompts down, the entries that differ most from one across."""
+    """Draw one panel per layer: one row per prompt, one column per entry, for the entries farthest from one."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(
@@ -100,7 +101,7 @@ def draw_vectors(found: dict[int, Tensor], layers: Sequence[int], folder: Path) 
         axis.set_ylabel(f"layer {layer}", fontsize=8)
         axis.tick_params(labelsize=6)
         figure.colorbar(image, ax=axis)
-    axes[-1, 0].set_xlabel(f"the {SHOWN_ENTRIES} entries that differ most from one; a row a prompt", fontsize=8)
+    axes[-1, 0].set_xlabel(f"the {SHOWN_ENTRIES} entries that differ most from one; one row per prompt", fontsize=8)
     path = folder / "vectors.png"
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
@@ -108,16 +109,18 @@ def draw_vectors(found: dict[int, Tensor], layers: Sequence[int], folder: Path) 
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """The argument parser."""
     top = argparse.ArgumentParser(
         prog="python -m vllm_parade.inspect", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     top.add_argument("--model", required=True, help="base model, a folder or a name on the Hub")
     top.add_argument("--adapter", required=True, type=Path, help="folder of the adapter")
-    top.add_argument("--prompts", required=True, type=Path, help="text file, a prompt a line; maps show the first")
-    top.add_argument("--layers", type=int, nargs="+", help="default: first, middle and last")
-    top.add_argument("--heads", type=int, nargs="+", default=[0, 1, 2, 3], help="default: the first four")
-    top.add_argument("--template", default="chat", choices=sorted(TEMPLATES), help="as in training")
+    top.add_argument(
+        "--prompts", required=True, type=Path, help="text file with one prompt per line; attention maps use the first"
+    )
+    top.add_argument("--layers", type=int, nargs="+", help="layers to draw; default: first, middle and last")
+    top.add_argument("--heads", type=int, nargs="+", default=[0, 1, 2, 3], help="heads to draw; default: first four")
+    top.add_argument("--template", default="chat", choices=sorted(TEMPLATES), help="the template used in training")
     top.add_argument("--output", required=True, type=Path, help="folder for the pictures")
     return top
 
@@ -141,7 +144,7 @@ def checked_layers(args: argparse.Namespace) -> list[int]:
 
 
 def draw(args: argparse.Namespace) -> None:
-    """Draw and print what the command line asks for.
+    """Draw the pictures and print how much the vectors depend on the prompt.
 
     Raises:
         ValueError: names the flag, its value and the remedy.
@@ -150,7 +153,7 @@ def draw(args: argparse.Namespace) -> None:
     import matplotlib
     from peft import PeftModel
 
-    # Makes PARADE known to PEFT.
+    # Registers PARADE with PEFT.
     import vllm_parade.tuner  # noqa: F401
 
     matplotlib.use("Agg")
@@ -175,7 +178,7 @@ def draw(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     args = parser().parse_args()
     with one_line_errors("inspect"):
         draw(args)

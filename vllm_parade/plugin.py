@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The entry point, and the one list of all places where vllm_parade reaches into vLLM.
+"""The plugin's entry point, and the list of all vLLM methods that vllm_parade wraps.
 
-What vLLM offers as extension points carries most of the weight: general plugins, `scheduler_cls`, `worker_cls`,
-`additional_config`, `extra_args`, `cache_salt`. The seams below are methods that are wrapped, since no extension point
-exists; patches/README.md says why and until when. Nothing that they do has an effect unless PARADE is enabled.
+Most of the integration uses vLLM's extension points: general plugins, `scheduler_cls`, `worker_cls`,
+`additional_config`, `extra_args`, `cache_salt`. A seam is a method that is wrapped because no extension point exists;
+patches/README.md gives the reason for each and when it can be removed. Without PARADE enabled, seams change nothing.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class Seam:
     method: str
     """Class and method, or a function."""
     wrapper: str
-    """Our function, `module:name`, called as wrapt calls wrappers: (wrapped, instance, args, kwargs)."""
+    """Our function as `module:name`. Its parameters are wrapt's: (wrapped, instance, args, kwargs)."""
     needs: tuple[str, ...] = ()
     """Parameters of the method that the wrapper relies on."""
 
@@ -39,12 +39,12 @@ class Seam:
         return getattr(module, class_name) if class_name else module
 
     def install(self) -> None:
-        """Wrap the method, once."""
+        """Wrap the method. Does nothing if it is already wrapped."""
         if getattr(vars(self.owner)[self.method.rpartition(".")[2]], "_self_parade_seam", False):
             return
         wrapper_module, wrapper_name = self.wrapper.split(":")
         wrapper = getattr(import_module(wrapper_module), wrapper_name)
-        # Attributes that begin with _self_ are the proxy's own, not the wrapped method's.
+        # wrapt stores attributes that begin with _self_ on the proxy, not on the wrapped method.
         proxy: Any = wrapt.wrap_function_wrapper(self.module, self.method, wrapper)
         proxy._self_parade_seam = True
 
@@ -111,7 +111,7 @@ SEAMS = (
 
 
 def install_keyword_seams() -> None:
-    """Make `EngineArgs` accept PARADE's keywords, now or as soon as vLLM's module is imported."""
+    """Make `EngineArgs` accept PARADE's keywords, now or as soon as its module is imported."""
 
     def install(_: Any) -> None:
         for seam in KEYWORD_SEAMS:
@@ -121,7 +121,7 @@ def install_keyword_seams() -> None:
 
 
 def register() -> None:
-    """Entry point of `vllm.general_plugins`: called in every process of vLLM, possibly more than once."""
+    """Entry point of `vllm.general_plugins`. vLLM calls it in each of its processes, possibly more than once."""
     from vllm.logger import init_logger
 
     lifeline.follow()

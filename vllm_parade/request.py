@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The values that travel: which adapter a request wants, and what the scheduler tells the workers about a step."""
+"""Values passed between processes: the adapter of a request, and the scheduler's plan of a step for the workers."""
 
 import sys
 from bisect import bisect_right
@@ -7,31 +7,32 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-# Key of a PARADE request in SamplingParams.extra_args, and name of the plan on SchedulerOutput.
+# Key of the instruction in SamplingParams.extra_args.
 EXTRA_ARGS_KEY = "parade"
+# Attribute of SchedulerOutput that holds the StepPlan.
 PLAN_ATTRIBUTE = "parade_plan"
-# The row of ones, by which requests of the base model and padding are scaled.
+# The row of ones. Base-model requests and padding use it.
 IDENTITY_ROW = 0
 
 
 @dataclass
 class ParadeRequest:
-    """An adapter to apply to a request, as `LoRARequest` is for LoRA.
+    """The adapter to apply to a request; the counterpart of `LoRARequest`.
 
-    An adapter is read when its name and path are first used; it stays as it was read. To serve changed weights, give a
-    new name or a new path.
+    An engine reads an adapter when a request first uses its name and path. Later changes of the files have no effect.
+    To serve changed weights, use a new name or a new path.
     """
 
     parade_name: str
-    """Name the adapter is known by."""
+    """Name of the adapter."""
     parade_path: str
     """Folder with adapter_config.json and adapter_model.safetensors."""
     instruction_tokens: int | None = None
-    """Tokens of the prompt, from its start, that the generators read; None means the whole prompt."""
+    """Number of tokens at the start of the prompt that the generators read. None means the whole prompt."""
     base_model_name: str | None = None
     """Parent shown in /v1/models."""
     freeze_instruction: bool = field(default=False, repr=False)
-    """Whether the first prompt seen fixes `instruction_tokens` (beam search sends its own tokens back as prompt)."""
+    """Whether the first prompt sets `instruction_tokens`. In beam search, later prompts contain generated tokens."""
 
     def __post_init__(self) -> None:
         if not self.parade_name:
@@ -44,10 +45,10 @@ class ParadeRequest:
             raise ValueError(f"instruction_tokens is {tokens!r}; expected a positive whole number or None")
 
     def for_beam_search(self) -> "ParadeRequest":
-        """A copy for one prompt of a beam search, whose later steps keep the first step's instruction."""
+        """A copy for one prompt of a beam search. All steps use the instruction of the first step."""
         return replace(self, freeze_instruction=True)
 
-    # vLLM's front end carries this object where a LoRARequest would travel and reads these names.
+    # vLLM's front end carries this object in the place of a LoRARequest and reads these attributes.
     @property
     def lora_name(self) -> str:
         """Name under which vLLM's front end lists the adapter."""
@@ -70,11 +71,11 @@ class ParadeRequest:
 
     @property
     def lora_int_id(self) -> int:
-        """Never 0, which vLLM reads as "no adapter"."""
+        """Always 1: vLLM takes 0 to mean "no adapter"."""
         return 1
 
 
-# Vectors depend on the adapter's content and on what the digest covers, and on nothing else.
+# Content hash of the adapter, and digest of the instruction. Vectors depend on nothing else.
 InstructionKey = tuple[str, str]
 
 
@@ -91,7 +92,7 @@ class Instruction:
 
     @property
     def key(self) -> InstructionKey:
-        """Instructions with equal keys have equal vectors."""
+        """Key of the vectors. Equal keys mean equal vectors."""
         return self.adapter, self.digest
 
     @property
@@ -129,13 +130,13 @@ class Conversation:
         return self.starts[turn] if turn < len(self.starts) else sys.maxsize
 
     def to_extra_args(self) -> dict[str, Any]:
-        """The form that crosses from front end to engine core (msgpack carries no classes)."""
+        """The turns as plain values: msgpack carries no classes from front end to engine core."""
         turns = [[instruction.start, instruction.end, instruction.digest] for instruction in self.instructions]
         return {"adapter": self.adapter, "turns": turns}
 
     @classmethod
     def from_extra_args(cls, extra_args: dict | None) -> "Conversation | None":
-        """Read a request's `SamplingParams.extra_args`; None for a request of the base model."""
+        """Read `SamplingParams.extra_args`. Returns None for a request of the base model."""
         values = (extra_args or {}).get(EXTRA_ARGS_KEY)
         if values is None:
             return None
@@ -173,10 +174,10 @@ EMPTY_PLAN = StepPlan(rows={}, readings={})
 
 
 def plan_of(scheduler_output: Any) -> StepPlan:
-    """The plan that rides on vLLM's SchedulerOutput; an empty one for steps that a worker makes up to warm itself up.
+    """The plan of a SchedulerOutput. Empty for a worker's own warm-up steps, which have none.
 
     Raises:
-        RuntimeError: a PARADE request without a plan, which would get the base model's answer.
+        RuntimeError: a PARADE request has no plan. Without this check, it would get the base model's answer.
     """
     plan: StepPlan | None = getattr(scheduler_output, PLAN_ATTRIBUTE, None)
     if plan is not None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the scheduler counts, and how it gets to the front end."""
+"""The scheduler's row counts, and how they reach the front end."""
 
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
@@ -7,38 +7,38 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from vllm.v1.metrics.stats import SchedulerStats
 
-# Before the name of a count, where it travels and in the name of its metric.
+# Prefix of a count's name in SchedulerStats and of its metric's name.
 PREFIX = "parade_row_"
 
 
 @dataclass(frozen=True)
 class RowCounts:
-    """How requests fared with the vector rows since the engine's start.
+    """Hits, misses and evictions of the vector rows since engine start.
 
-    They ride on vLLM's SchedulerStats, of which msgpack carries the declared fields and no others. The field used is a
-    dict of numbers that vLLM's own loggers read where LoRA is enabled, which PARADE excludes.
+    They are sent in `SchedulerStats.running_lora_adapters`, a dict of numbers, because msgpack carries declared fields
+    only. vLLM's loggers read this field only with LoRA enabled, which PARADE refuses.
     """
 
     hits: int = 0
-    """Requests that found a row with their vectors, so that no generator ran."""
+    """Requests whose vectors were in a row, so that no generator ran."""
     misses: int = 0
-    """Requests whose instruction was read by a generator into a row."""
+    """Requests for which the generators wrote a row."""
     evictions: int = 0
-    """Rows taken from an instruction that no running request used, for another one."""
+    """Cached rows, used by no running request, that were given to another instruction."""
     shared_base_tokens: int = 0
-    """Prompt tokens before a first turn that the prefix cache held."""
+    """Prompt tokens before the first turn of a request that were in the prefix cache."""
 
     def __sub__(self, before: "RowCounts") -> "RowCounts":
-        """What was counted since then."""
+        """The counts since `before`."""
         return RowCounts(*(now - then for now, then in zip(vars(self).values(), vars(before).values(), strict=True)))
 
     def put(self, stats: "SchedulerStats") -> None:
-        """Let these counts ride on a step's stats."""
+        """Add the counts to a step's stats."""
         stats.running_lora_adapters.update({PREFIX + name: value for name, value in vars(self).items()})
 
     @classmethod
     def of(cls, stats: "SchedulerStats") -> "RowCounts | None":
-        """The counts that ride on these stats; None where there are none, as on those that vLLM makes up itself."""
+        """The counts in a step's stats. None if it has none, as in stats that vLLM creates outside the scheduler."""
         carried = stats.running_lora_adapters
         if PREFIX + "hits" not in carried:
             return None

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts and responses of many runs as one batch, with nothing left to find out by looking at its values."""
+"""Prompts and responses of many runs as one batch.
+
+A training step does not read the batch's values on the host, so a CUDA graph can capture the step.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -17,33 +20,33 @@ class Pair(NamedTuple):
 
     ids: Tensor
     prompt: int
-    """How many of the ids are the prompt's."""
+    """Number of prompt tokens in `ids`."""
 
 
 class Batch(NamedTuple):
-    """Pairs of all runs, those of each run together."""
+    """Pairs of all runs, ordered by run."""
 
     ids: Tensor
-    """[runs * rows, tokens], padded on the right: causal attention needs no mask then."""
+    """[runs * rows, tokens], padded on the right, so that causal attention needs no mask."""
     instruction: Tensor
-    """What generators read, [runs * rows, tokens] bool."""
+    """Positions that the generators read, [runs * rows, tokens] bool."""
     places: Tensor
-    """Of the positions, counted through the whole batch, those that predict a response's token, [runs, learnt]."""
+    """Indices into the flattened batch of the positions that predict response tokens, [runs, learnt]."""
     targets: Tensor
-    """What they predict, [runs, learnt]; padded with IGNORED_LABEL."""
+    """Tokens to predict at `places`, [runs, learnt]; padded with IGNORED_LABEL."""
 
     def to(self, device: torch.device) -> "Batch":
         return Batch(*(tensor.to(device) for tensor in self))
 
     def widen(self, learnt: int) -> "Batch":
-        """The same with that many places for each run."""
+        """The batch with `learnt` places per run, padded."""
         missing = (0, learnt - self.places.shape[1])
         targets = F.pad(self.targets, missing, value=IGNORED_LABEL)
         return self._replace(places=F.pad(self.places, missing), targets=targets)
 
 
 def collate(pairs: Sequence[Pair], runs: int, multiple: int = 1) -> Batch:
-    """Pad pairs to a multiple of so many tokens."""
+    """Make a batch of pairs ordered by run, padded to a multiple of `multiple` tokens."""
     starts, ends = (
         torch.tensor(sizes)[:, None] for sizes in zip(*((p.prompt, len(p.ids)) for p in pairs), strict=True)
     )

@@ -13,14 +13,14 @@ def add_flags(sub: argparse.ArgumentParser) -> None:
     """The study's flags, without --out."""
     sub.add_argument("parts", nargs="+", choices=PARTS, metavar="PART", help=", ".join(PARTS))
     sub.add_argument("--model", required=True, help="base model of the LLaMA family")
-    sub.add_argument("--data", type=Path, required=True, help="folder with a folder of every task, by its name")
-    sub.add_argument("--only", nargs="+", help="of the parts' groups those with one of these in `NAME, METHOD`")
-    sub.add_argument("--steps", type=int, help="instead of each group's own number")
-    sub.add_argument("--minutes", type=float, default=1e9, help="after which training ends; its group is measured")
+    sub.add_argument("--data", type=Path, required=True, help="folder with one subfolder per task, named after it")
+    sub.add_argument("--only", nargs="+", help="run only groups whose `NAME, METHOD` contains one of these texts")
+    sub.add_argument("--steps", type=int, help="training steps; default: each group's own number")
+    sub.add_argument("--minutes", type=float, default=1e9, help="stop training after this time, then measure the group")
 
 
 def study(args: argparse.Namespace) -> None:
-    """Train and measure the groups of the parts; results are saved after each group."""
+    """Train and measure the groups of the given parts, and save the results after each group."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -39,7 +39,7 @@ def study(args: argparse.Namespace) -> None:
     found, results = Study(base, tokenizer, folders, deadline=deadline), []
     for group in groups:
         if time.monotonic() > deadline:
-            print(f"{args.minutes} minutes are over; {group.name}, {group.method} and what follows were not run")
+            print(f"{args.minutes} minutes are over; skipping {group.name}, {group.method} and all later groups")
             break
         mine = list(found.records(replace(group, steps=args.steps or group.steps)))
         results += mine

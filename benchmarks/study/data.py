@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tasks' examples as batches for a group of runs."""
+"""Turns the tasks' examples into batches for a group of runs."""
 
 import random
 from collections.abc import Iterator
@@ -15,12 +15,12 @@ from vllm_parade.train.data import IGNORED_LABEL, encode, encode_prompt
 from vllm_parade.train.readers import Example
 from vllm_parade.train.tasks import Task
 
-# Of each task; those of all tasks side by side are fewer.
+# Pairs per task. `STRANGER_PAIRS` is smaller, because the pairs of all tasks form one batch.
 DEV_PAIRS, STRANGER_PAIRS = 64, 16
 TEST_EXAMPLES = {"choices": 400, "text": 64}
-# The longest pair in tokens; batches are padded to a multiple, so that there are few sizes of them.
+# Maximum tokens of a pair. Batches are padded to a multiple, so that there are few sizes.
 LONGEST, MULTIPLE = 320, 64
-# Steps whose pairs are sorted by length together.
+# Number of steps whose pairs are sorted by length together.
 POOL = 20
 
 
@@ -41,11 +41,11 @@ class Data:
 
 
 class Batches:
-    """Batches for a group of runs, each run's rows together.
+    """Batches for a group of runs, with rows ordered by run.
 
     Args:
-        data: of the tasks, by name
-        template: tokens that the template puts before and after every prompt
+        data: the data of each task, by name
+        template: number of tokens that the template adds before and after each prompt
     """
 
     def __init__(self, data: dict[str, Data], group: Group, template: tuple[int, int], device: torch.device) -> None:
@@ -53,16 +53,16 @@ class Batches:
         self.group, self.template, self.device = group, template, device
 
     def training(self) -> list[Batch]:
-        """A batch for each step, on the CPU; each run's pairs come in the order of its seed.
+        """One batch per step, on the CPU. The seed of each run determines the order of its pairs.
 
-        A step's pairs are about as long as each other.
+        The pairs of a step have similar lengths.
         """
         group, order = self.group, random.Random(0)
         streams = [self._stream(random.Random(run.seed)) for run in group.runs]
         batches: list[Batch] = []
         while len(batches) < group.steps:
             pools = [sorted((next(stream) for _ in range(POOL * group.rows)), key=_length) for stream in streams]
-            # Neighbours in length would else be neighbours in training.
+            # Shuffled, so that the lengths of consecutive steps are not sorted.
             for place in order.sample(range(POOL), POOL):
                 part = slice(place * group.rows, (place + 1) * group.rows)
                 batches.append(self._collate([pair for pool in pools for pair in pool[part]], MULTIPLE))
@@ -77,22 +77,22 @@ class Batches:
         return self._for_every_run(self.data[task].dev)
 
     def sample(self) -> Batch:
-        """Some training pairs of all tasks, the same for every run."""
+        """A sample of training pairs of all tasks, the same for every run."""
         order = random.Random(0)
         train = [data.train for data in self.data.values()]
         return self._for_every_run([pair for some in train for pair in order.sample(some, min(DEV_PAIRS, len(some)))])
 
     def strangers(self) -> Batch:
-        """Dev pairs whose neighbour is of another task where there are several, the same for every run."""
+        """Dev pairs, the same for every run. With several tasks, consecutive pairs come from different tasks."""
         together = zip(*(data.dev[:STRANGER_PAIRS] for data in self.data.values()), strict=False)
         return self._for_every_run([pair for one_of_each in together for pair in one_of_each])
 
     def prompts(self, prompts: list[list[int]], eos: int) -> Batch:
-        """Prompts, the same for every run; the places are those that predict an answer's first token."""
+        """Prompts, the same for every run. The places are the positions that predict an answer's first token."""
         return self._for_every_run([Pair(torch.tensor([*prompt, eos]), len(prompt)) for prompt in prompts])
 
     def instruction(self, prompt: Tensor) -> Tensor:
-        """What generators read of the prompts' positions, [rows, tokens] bool both."""
+        """The positions of `prompt` that generators read; both are [rows, tokens] bool."""
         if not self.group.own_words:
             return prompt
         place, left = prompt.cumsum(dim=1), prompt.sum(dim=1, keepdim=True)
@@ -107,7 +107,7 @@ class Batches:
         return batch._replace(instruction=self.instruction(batch.instruction))
 
     def _stream(self, order: random.Random) -> Iterator[Pair]:
-        """A run's pairs without end: of a mixture each task as often as any other."""
+        """Yield a run's pairs endlessly; the tasks of a mixture alternate."""
         shuffled: dict[str, list[Pair]] = {name: [] for name in self.data}
         while True:
             for name, data in self.data.items():
@@ -117,7 +117,7 @@ class Batches:
 
 
 def template_size(tokenizer: Any) -> tuple[int, int]:
-    """Tokens that the template puts before and after every prompt."""
+    """Number of tokens that the template adds before and after each prompt."""
     one, other = (encode_prompt(tokenizer, text) for text in ("Why is it so?", "nobody knew"))
     shortest = min(len(one), len(other))
     before = next(place for place in range(shortest) if one[place] != other[place])

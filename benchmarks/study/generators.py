@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PARADE generators of all runs of a stack. The mathematics is the tuner's: `ops.reference.generate` under `vmap`."""
+"""PARADE generators of all runs of a stack. Like the tuner, they use `ops.reference.generate`, here under `vmap`."""
 
 from functools import partial
 from typing import Any
@@ -15,12 +15,12 @@ from vllm_parade.tuner.standard import Observed, Standard
 
 
 class Generators(Method):
-    """A generator of each run in each adapted layer, and the vectors that they wrote last."""
+    """One generator per run and adapted layer, and their latest vectors."""
 
     def add(self) -> None:
         """Make the initial parameters and hook them into the base model."""
         self.vectors: dict[int, tuple[Tensor, ...]] = {}
-        """By layer, a tensor [runs * rows, width] for each site."""
+        """By layer, one tensor [runs * rows, width] per site."""
         self._observed: dict[int, Observed] = {}
         self._standards: dict[str, Standard] = {}
         self.adapter = self.config.adapter_config()
@@ -43,19 +43,19 @@ class Generators(Method):
             self._parameter(f"{path}.parade_generator.{name}", values)
 
     def read(self, instruction: Tensor, shift: int) -> None:
-        """Before a pass, as `Stack.read`."""
+        """Set what the next pass reads; see `Stack.read`."""
         self.instruction, self.shift = instruction, shift
 
     def folded(self, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Standardized down projections as down projections of plain hidden states."""
+        """Down projections of standardized hidden states, converted to down projections of plain hidden states."""
         return {name: standard.fold(parameters[name]) for name, standard in self._standards.items()}
 
     def observe(self) -> None:
-        """Note what generators read in the passes that follow, until `standardize`."""
+        """Collect statistics of the hidden states that generators read, in all passes until `standardize`."""
         self._observed = {index: Observed(self.adapter.pooler) for index in self.layers}
 
     def standardize(self) -> None:
-        """Standardize by what was observed."""
+        """Standardize the generators with the collected statistics."""
         self._standards = {
             f"base_model.model.{self._paths[index]}.parade_generator.down.weight": observed.standard()
             for index, observed in self._observed.items()
@@ -65,11 +65,11 @@ class Generators(Method):
     def _generate(self, index: int, norm: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
         runs = len(self.runs)
         hidden = args[0] if self.adapter.generator_input == "layer_input" else output
-        # A later step of an answer keeps the vectors of its prompt.
+        # Decode steps keep the vectors of the prompt.
         if hidden.shape[1] != self.instruction.shape[1]:
             return
         if index in self._observed:
-            # The same rows for every run.
+            # All runs have the same rows here, so the first run's are enough.
             self._observed[index].add(hidden.chunk(runs)[0], self.instruction.chunk(runs)[0])
         prefix = f"base_model.model.{self._paths[index]}.parade_generator."
         names = [name for name in TENSOR_ATTRIBUTES if prefix + name in self.weights]

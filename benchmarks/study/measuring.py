@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is measured of trained runs: the tasks' metrics, and how much PARADE's vectors depend on the prompt."""
+"""Measures trained runs: the tasks' metrics, and how much PARADE's vectors depend on the prompt."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,12 +15,12 @@ from vllm_parade.inspect import prompt_dependence
 from vllm_parade.train.data import pad_left
 from vllm_parade.train.tasks import Task
 
-# How many prompts a pass answers, once for every run, and how long a text becomes: 99 of 100 responses fit.
+# Prompts per pass (each answered once per run), and maximum tokens of an answer: 99 of 100 responses fit.
 PROMPTS, NEW_TOKENS = 64, 48
 
 
 class Measurement:
-    """Measures a group's runs; every result is a list with an entry for each run."""
+    """Measures a group's runs. Every result is a list with one entry per run."""
 
     def __init__(self, stack: Stack, batches: Batches, tokenizer: Any) -> None:
         self.stack, self.batches, self.tokenizer = stack, batches, tokenizer
@@ -28,7 +28,7 @@ class Measurement:
 
     @torch.no_grad()
     def results(self) -> dict[str, list[Any]]:
-        """Every task's metric; of PARADE also the metric and the loss with another prompt's vectors."""
+        """Each task's metric; for PARADE also dependence on the prompt, and metric and loss with swapped vectors."""
         found: dict[str, list[Any]] = {name: self._scores(name) for name in self.data}
         if isinstance(self.stack.method, Generators):
             found |= {f"{name}_swapped": self._scores(name, shift=1) for name in self.data}
@@ -49,13 +49,13 @@ class Measurement:
         return [data.task.metric(texts, data.test) for texts in answers]
 
     def _choose(self, task: Task, prompts: list[list[int]], shift: int) -> list[str]:
-        """The likeliest choice after every prompt, for every run in turn."""
+        """The most likely choice after each prompt, ordered by run."""
         first = [self.tokenizer(choice, add_special_tokens=False)["input_ids"][0] for choice in task.choices]
         logits = self.base.lm_head(self._before_answers(prompts, shift))[..., first]
         return [task.choices[place] for place in logits.argmax(dim=-1).flatten().tolist()]
 
     def _answer(self, task: Task, prompts: list[list[int]], shift: int) -> list[str]:
-        """The generated answer to every prompt, for every run in turn."""
+        """The generated answer to each prompt, ordered by run."""
         batch = pad_left(prompts * self.runs, self.tokenizer.pad_token_id, self.stack.device)
         self.stack.read(self.batches.instruction(batch["attention_mask"].bool()), shift)
         options: dict[str, Any] = {"do_sample": False, "pad_token_id": self.tokenizer.pad_token_id, "use_cache": True}
@@ -64,7 +64,7 @@ class Measurement:
         return [text.strip() for text in texts]
 
     def _dependence(self, generators: Generators) -> dict[str, list[Any]]:
-        """How much every run's vectors differ between prompts: those of each task, and those of all."""
+        """How much each run's vectors differ between the prompts of each task, and between those of all tasks."""
         found = {name: self._vectors(generators, name) for name in self.data}
         of_all_tasks = [_joined(by_task) for by_task in zip(*found.values(), strict=True)]
         return {
@@ -73,19 +73,19 @@ class Measurement:
         }
 
     def _added_loss(self) -> list[float]:
-        """What every run's loss gains when each pair gets the vectors of the next one."""
+        """Increase of each run's loss when each pair gets the vectors of another pair."""
         batch = self.batches.strangers()
         return (self.stack.losses(batch, shift=1) - self.stack.losses(batch)).tolist()
 
     def _vectors(self, generators: Generators, name: str) -> list[dict[int, Tensor]]:
-        """Every run's vectors of a pass over a task's prompts, [prompts, d_out], by layer."""
+        """Each run's vectors by layer, [prompts, d_out], from a pass over a task's prompts."""
         self._before_answers(self.data[name].prompts[:PROMPTS])
         vectors = {layer: torch.cat(parts, dim=1).float() for layer, parts in generators.vectors.items()}
         by_layer = {layer: values.chunk(self.runs) for layer, values in vectors.items()}
         return [{layer: parts[run] for layer, parts in by_layer.items()} for run in range(self.runs)]
 
     def _before_answers(self, prompts: list[list[int]], shift: int = 0) -> Tensor:
-        """Last hidden states from which every run answers the prompts, [runs, prompts, hidden]."""
+        """Last hidden states of each run at the prompts' last tokens, [runs, prompts, hidden]."""
         return self.stack.hidden(self.batches.prompts(prompts, self.tokenizer.eos_token_id), shift)
 
 

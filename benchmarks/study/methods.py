@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoRA and (IA)3 of all runs of a stack, as hooks on a base model of the LLaMA family; PARADE is in generators.py."""
+"""LoRA and (IA)3 of all runs of a stack, as hooks on a LLaMA-like base model. PARADE is in generators.py."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ from vllm_parade.adapter import BaseModelShape
 
 
 class Method:
-    """The adapters of all runs, [runs, ...] each tensor; run g owns the g-th part of a batch's rows."""
+    """The adapters of all runs, as tensors [runs, ...]. Run g owns the g-th part of a batch's rows."""
 
     def __init__(self, base: Any, config: Any, runs: Sequence[Hyperparameters]) -> None:
         self.base, self.config, self.runs = base, config, runs
@@ -22,7 +22,7 @@ class Method:
         self.initial: dict[str, Tensor] = {}
         """Parameters before training, under PEFT's names."""
         self.weights: dict[str, Tensor] = {}
-        """What a pass computes with, in the base model's dtype; set before each pass."""
+        """Parameters of the current pass, in the base model's dtype; set before each pass."""
         self._handles: list[Any] = []
         self.add()
 
@@ -31,10 +31,10 @@ class Method:
         raise NotImplementedError
 
     def read(self, instruction: Tensor, shift: int) -> None:
-        """Before a pass, as `Stack.read`."""
+        """Set what the next pass reads; see `Stack.read`."""
 
     def folded(self, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The parameters that are trained in another form, in the form that computes and is saved."""
+        """Parameters that are trained in another form, converted to the form used in passes and in saved adapters."""
         return {}
 
     def remove(self) -> None:
@@ -82,7 +82,7 @@ class LoRA(Method):
 
 
 class IA3(Method):
-    """PEFT's (IA)3 on outputs."""
+    """PEFT's (IA)3, applied to outputs."""
 
     def add(self) -> None:
         """Make the initial parameters and hook them into the base model."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the study runs: the groups of each part."""
+"""The groups of each part of the study."""
 
 from collections.abc import Iterator, Sequence
 from itertools import product
@@ -12,7 +12,7 @@ from vllm_parade.tuner.model import WIDE
 ALL_TASKS = ("sst2", "rte", "boolq", "e2e", "wikisql")
 SEEDS = (0, 1, 2)
 RATES = {"parade": (5e-3, 1e-2, 2e-2), "lora": (1e-3, 3e-3, 1e-2), "ia3": (1e-2, 3e-2, 1e-1)}
-# Of parts that compare PARADE with PARADE.
+# For parts that compare PARADE with PARADE.
 FEW_RATES = (5e-3, 1e-2)
 STEPS, SENDERS_STEPS, LONG = 400, 800, 1600
 # The mixture's best rates, for longer runs.
@@ -23,9 +23,9 @@ LAST_TOKEN = {"pooler": "last_token"}
 
 
 def _standardized(settings: dict[str, Any], own_words: bool = False) -> dict[str, Any]:
-    """Standardized generators start wide, and b_up learns ten times as fast as W_up.
+    """Options of standardized generators: a wide initialization, and a learning rate of b_up ten times that of W_up.
 
-    Of W_up, r entries move an output together.
+    Each output depends on r entries of W_up, but on one entry of b_up.
     """
     wide = WIDE[settings.get("pooler", "attentional_capsule")]
     kind = {"settings": settings, "standardized": True, "own_words": own_words}
@@ -33,9 +33,10 @@ def _standardized(settings: dict[str, Any], own_words: bool = False) -> dict[str
 
 
 BEST = _standardized(LAST_TOKEN)
-# What might make the prompt matter. Hidden states that enter the first layer are so small that a new generator reads
-# nothing (g(z) of 1e-5 under the first norm, on SmolLM2), and the first token's outliers dominate the residual stream.
-# So generators start wider, read after the norm, read only the user's words, or are standardized.
+# Conditions that may make vectors depend more on the prompt. Hidden states before the first layer are so small that a
+# new generator reads almost nothing (g(z) of 1e-5 before the first norm, on SmolLM2), and the first token's outliers
+# dominate the residual stream. So generators start wider, read after the norm, read only the user's words, or are
+# standardized.
 CONDITIONS: dict[str, dict[str, Any]] = {
     "attention input": {"settings": ATTENTION_INPUT},
     "wide": {"initial_std": 10.0},
@@ -54,13 +55,13 @@ CONDITIONS: dict[str, dict[str, Any]] = {
     },
     "standardized, last token, layer input": BEST,
 }
-# The paper's Table 6, standardized; PARADE-1 is the last token's condition.
+# The paper's Table 6, standardized. PARADE-1 is the condition "standardized, last token".
 PAPER_VARIANTS: dict[str, dict[str, Any]] = {
     "PARADE-2": _standardized({**ATTENTION_INPUT, "pooler": "dynamic_routing"}),
     "PARADE-3": _standardized({**ATTENTION_INPUT, "sites": ["q", "k", "v", "gate", "up"], "r": 8}),
     "PARADE-4": _standardized({**ATTENTION_INPUT, "sites": ["q", "v"], "r": 24}),
 }
-# Beside r=12, which is the last token's condition.
+# In addition to r = 12, which is the condition "standardized, last token".
 BUDGETS = (3, 6, 24, 48)
 
 
@@ -69,7 +70,7 @@ def _runs(rates: Sequence[float], **options: float) -> tuple[Hyperparameters, ..
 
 
 def _methods(name: str, tasks: tuple[str, ...], steps: int = STEPS, most: int = 3) -> Iterator[Group]:
-    """A group of each method, each with the first `most` of its rates."""
+    """One group per method, with the first `most` learning rates of the method."""
     for method, rates in RATES.items():
         yield Group(name, method, tasks, _runs(rates[:most]), steps=steps)
 
@@ -132,7 +133,7 @@ def _tasks() -> Iterator[Group]:
         yield _parade(name, (task,), **{**BEST, "rates": (5e-4, 1e-3)})
 
 
-# The most important part comes first.
+# Ordered by importance.
 GROUPS = {
     "mixture": _mixture,
     "senders": _senders,

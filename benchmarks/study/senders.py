@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A task in which the sender's name, at the start of the prompt, decides which answer is right."""
+"""A task in which the sender's name at the start of the prompt determines the correct answer."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +8,7 @@ from vllm_parade.train.readers import Example, Splits, read_sst2
 from vllm_parade.train.tasks import TASKS
 from vllm_parade.train.templates import SST2_ANSWERS
 
-# Every other sender wants the opposite answer.
+# For every second sender, the opposite answer is correct.
 SENDERS = ("Anna", "Boris", "Clara", "David")
 
 
@@ -23,7 +23,7 @@ def _from_sender(example: Example, sender: int) -> Example:
 
 
 def read_senders(folder: Path) -> Splits:
-    """SST-2's examples, shared out among the senders; from the folder `sst2` beside the one given."""
+    """SST-2's examples, assigned to the senders in turn. They are read from the folder `sst2` beside `folder`."""
     splits = read_sst2(folder.with_name("sst2"))
     return Splits(*(_from_senders(examples) for examples in (splits.train, splits.dev, splits.test)))
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters of one shape trained side by side: many runs of a study in the time of one.
+"""Trains adapters of one shape side by side: many runs of a study in the time of one.
 
-A small model's training step waits for its kernels' launches, whatever the batch. So runs that differ in seed, learning
-rate or data share a step: run g owns the rows [g * rows, (g + 1) * rows) of the batch and the g-th row of `flat`, which
-holds every parameter of every layer, so that Adam is a few kernels. `export` gives PEFT's state dict.
+A small model's training step is launch-bound at any batch size. So runs that differ in seed, learning rate or data
+share a step. Run g owns the rows [g * rows, (g + 1) * rows) of the batch and the g-th row of `flat`. `flat` holds all
+parameters of all layers, so that Adam takes only a few kernels. `export` returns PEFT's state dict.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ METHODS: dict[str, type[Method]] = {"parade": Generators, "lora": LoRA, "ia3": I
 
 
 def fuse_norms(base: Any) -> None:
-    """Give every RMS norm of a base model PyTorch's own kernel, one instead of eight."""
+    """Replace every RMS norm of a base model by PyTorch's fused one: one kernel instead of eight."""
     for module in base.modules():
         if type(module).__name__.endswith("RMSNorm"):
             options = {"weight": module.weight, "eps": module.variance_epsilon}
@@ -56,11 +56,11 @@ class Stack:
 
     @property
     def parameters(self) -> dict[str, Tensor]:
-        """All runs' parameters under PEFT's names, [runs, ...]: parts of `flat`."""
+        """All runs' parameters under PEFT's names, [runs, ...], as views of `flat`."""
         return self._split(self.flat.detach())
 
     def reset_optimizer(self) -> None:
-        """Forget Adam's moments."""
+        """Reset Adam's moments and step count."""
         for tensor in (*self._moments, self._steps):
             tensor.zero_()
 
@@ -83,17 +83,18 @@ class Stack:
 
     @torch.no_grad()
     def standardize(self, batch: Batch) -> None:
-        """As `ParadeModel.standardize`, by a batch with the same rows for every run."""
+        """Like `ParadeModel.standardize`, with a batch that has the same rows for every run."""
         assert isinstance(self.method, Generators)
         self.method.observe()
         self.hidden(batch)
         self.method.standardize()
 
     def read(self, instruction: Tensor, shift: int = 0) -> None:
-        """Before a pass: generators read these positions, [runs * rows, tokens] bool.
+        """Prepare a pass: set the weights and the positions that generators read.
 
         Args:
-            shift: rows of a run by which its vectors move: with 1, every row gets another prompt's
+            instruction: positions to read, [runs * rows, tokens] bool
+            shift: number of rows by which vectors are rolled within a run; with 1, each row gets another prompt's
         """
         self.method.read(instruction, shift)
         folded = self.method.folded(self._split(self.flat))
@@ -101,9 +102,9 @@ class Stack:
         self.method.weights |= {name: weight.to(self.base.dtype) for name, weight in folded.items()}
 
     def hidden(self, batch: Batch, shift: int = 0) -> Tensor:
-        """Last hidden states at the batch's places, [runs, learnt, hidden]."""
+        """Last hidden states at the batch's `places`, [runs, learnt, hidden]."""
         self.read(batch.instruction, shift)
-        # The model's own forward pass looks at its tensors' values on the way to a mask, which a graph may not.
+        # The model's own forward pass reads tensor values on the host to make a mask, which CUDA graphs do not allow.
         model = self.base.model
         hidden = model.embed_tokens(batch.ids)
         positions = torch.arange(batch.ids.shape[1], device=self.device)[None]
@@ -114,16 +115,16 @@ class Stack:
         return model.norm(chosen).unflatten(0, batch.places.shape)
 
     def losses(self, batch: Batch, shift: int = 0) -> Tensor:
-        """Mean loss of a response token for every run, [runs]."""
+        """Mean loss per response token of each run, [runs]."""
         logits = self.base.lm_head(self.hidden(batch, shift)).float()
         losses = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none")
         return losses.view_as(batch.targets).sum(dim=1) / (batch.targets != IGNORED_LABEL).sum(dim=1)
 
     def step(self, losses: Tensor, share: Tensor) -> None:
-        """One step of Adam for every run, its gradients' norm clipped at 1.
+        """One step of Adam for every run, with the norm of each run's gradient clipped at 1.
 
         Args:
-            share: of the highest learning rate, a scalar
+            share: learning rate as a share of the highest one, a scalar
         """
         (gradient,) = torch.autograd.grad(losses.sum(), self.flat)
         mean, square = self._moments

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training steps of a stack, as CUDA graphs where there is a GPU."""
+"""Training steps of a stack, as CUDA graphs if there is a GPU."""
 
 from collections.abc import Sequence
 
@@ -11,18 +11,18 @@ from benchmarks.study.stack import Stack
 
 
 class Steps:
-    """Training steps on batches of a few sizes; with CUDA a graph of each size, so that nothing waits for launches."""
+    """Training steps on batches of a few sizes. On CUDA, each size has a graph, because steps are launch-bound."""
 
     def __init__(self, stack: Stack, examples: Sequence[Batch]) -> None:
         """
         Args:
-            examples: a batch of every size
+            examples: one batch of each size
         """
         self.stack, self._pool = stack, None
         self._graphs: dict[torch.Size, tuple[torch.cuda.CUDAGraph, Batch, Tensor]] = {}
         if stack.device.type == "cuda":
             self._pool = torch.cuda.graph_pool_handle()
-            # The largest first: its memory then serves the others.
+            # The largest first, so that the others reuse its memory.
             for batch in sorted(examples, key=lambda batch: -batch.ids.numel()):
                 self._graphs[batch.ids.shape] = self._capture(batch.to(stack.device))
             stack.reset_optimizer()
@@ -30,7 +30,7 @@ class Steps:
     def __call__(self, batch: Batch, share: float) -> None:
         """
         Args:
-            share: of the highest learning rate
+            share: learning rate as a share of the highest one
         """
         if self._pool is None:
             self._step(batch, torch.tensor(share))
@@ -45,7 +45,7 @@ class Steps:
         self.stack.step(self.stack.losses(batch), share)
 
     def _capture(self, batch: Batch) -> tuple[torch.cuda.CUDAGraph, Batch, Tensor]:
-        # At a learning rate of 0 the warm-up leaves the parameters as they are.
+        # A learning rate of 0, so that the warm-up does not change the parameters.
         share = torch.zeros((), device=self.stack.device)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())

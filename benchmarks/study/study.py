@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PARADE, LoRA and (IA)3 on the same tasks, seeds and budgets, many runs side by side.
+"""Trains and measures PARADE, LoRA and (IA)3 on the same tasks, seeds and budgets, with many runs side by side.
 
-A record is one run: its settings, dev loss, the test set's metric, and for PARADE how much its vectors depend on the
-prompt and what the metric is when every request gets another prompt's vectors.
+A record describes one run: its settings, dev loss and test metric. For PARADE, it also says how much the vectors depend
+on the prompt, and what the metric is when each request gets another prompt's vectors.
 """
 
 from collections.abc import Iterator
@@ -22,11 +22,11 @@ STUDIED = {**TASKS, SENDERS_TASK.name: SENDERS_TASK}
 
 
 class Study:
-    """A base model and the tasks' data, on which groups of runs are trained and measured.
+    """A base model and the tasks' data, for training and measuring groups of runs.
 
     Args:
-        folders: of the tasks' data, by task
-        deadline: time.monotonic() at which training ends, however many steps are left; measuring follows
+        folders: folder of each task's data, by task
+        deadline: time.monotonic() at which training stops, even if steps are left; measuring follows
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Study:
         fuse_norms(base)
 
     def records(self, group: Group) -> Iterator[Record]:
-        """Train a group and measure each of its runs."""
+        """Train a group, measure it, and yield one record per run."""
         clock, stack = Clock(), Stack(self.base, group.method, group.settings, group.runs)
         batches = Batches(self.data, group, self.template, stack.device)
         try:

@@ -10,7 +10,7 @@ STRANGERS = "loss_added_by_strangers_vectors"
 
 
 def best_rate(records: Sequence[Record]) -> list[Record]:
-    """The records of the learning rate whose median dev loss over seeds is lowest."""
+    """The records of the learning rate with the lowest median dev loss over seeds."""
     by_rate: dict[float, list[Record]] = {}
     for record in records:
         by_rate.setdefault(record["lr"], []).append(record)
@@ -18,13 +18,13 @@ def best_rate(records: Sequence[Record]) -> list[Record]:
 
 
 def study_tables(records: Sequence[Record]) -> str:
-    """Medians over seeds at the best learning rate, and their range: quality, and of PARADE what the prompt is worth.
+    """Tables of quality, and for PARADE of the effect of the prompt: median and range over seeds at the best rate.
 
-    `dependence` is the spread of the vectors over the prompts of all tasks, as a share of their distance from one;
-    `within tasks` is the mean of the same over the prompts of one task. `strangers` is what the loss gains when every
-    pair gets the vectors of another prompt, of another task where there are several. A task's column is what its metric
-    loses when every request gets another prompt's vectors. Adapters of a single task, each with its own metric, have
-    tables of their own; a column without a value is left out.
+    `dependence` is the spread of the vectors over the prompts of all tasks, as a share of their distance from one.
+    `within tasks` is the same over the prompts of one task, as a mean over tasks. `strangers` is the increase of the
+    loss when each pair gets the vectors of another prompt, of another task if there are several. A task's column in the
+    second table is the decrease of its metric when each request gets another prompt's vectors. Adapters of one task
+    have separate tables, because each has its own metric. Columns without values are left out.
     """
     several = [record for record in records if len(record["tasks"]) > 1]
     single = [_single(record) for record in records if len(record["tasks"]) == 1]
@@ -32,7 +32,7 @@ def study_tables(records: Sequence[Record]) -> str:
 
 
 def _single(record: Record) -> Record:
-    """The record of an adapter of one task, whose metric is called `metric` whatever the task."""
+    """The record of an adapter of one task, with the task's name replaced by `metric`."""
     (task,) = record["tasks"]
     measured = {f"metric{name.removeprefix(task)}": value for name, value in record.items() if name.startswith(task)}
     return {**record, "tasks": ["metric"], **measured}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training of a group's runs, up to each one's lowest dev loss."""
+"""Trains a group's runs; each run ends with its parameters of the lowest dev loss."""
 
 import time
 from typing import Any
@@ -17,7 +17,7 @@ WARM_UP = 0.06
 
 
 class Clock:
-    """Seconds by what took them."""
+    """Measures seconds by name."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -30,19 +30,19 @@ class Clock:
         self._last = now
 
     def total(self) -> float:
-        """Of all laps."""
+        """Seconds of all laps."""
         return sum(self.seconds.values())
 
 
 def train(stack: Stack, batches: Batches, clock: Clock, eval_every: int, deadline: float) -> dict[str, list[Any]]:
-    """Train all runs; the stack then holds every run's parameters of its lowest dev loss.
+    """Train all runs. Afterwards the stack holds each run's parameters at its lowest dev loss.
 
     Args:
-        eval_every: steps between looks at the dev loss
-        deadline: time.monotonic() at which training ends, however many steps are left
+        eval_every: steps between evaluations of the dev loss
+        deadline: time.monotonic() at which training stops, even if steps are left
 
     Returns:
-        of every run its lowest dev loss, mean over the tasks and of each, the step of it and the steps done
+        for each run its lowest dev loss (mean over tasks, and per task), the step of it, and the number of steps done
     """
     group, training = batches.group, batches.training()
     sizes = {batch.ids.shape: batch for batch in training}
@@ -80,11 +80,11 @@ def train(stack: Stack, batches: Batches, clock: Clock, eval_every: int, deadlin
 
 @torch.no_grad()
 def _dev_losses(stack: Stack, dev: dict[str, Batch]) -> Tensor:
-    """Dev loss of every task for every run, [tasks, runs]."""
+    """Dev loss of each task and run, [tasks, runs]."""
     return torch.stack([stack.losses(batch) for batch in dev.values()])
 
 
 def _share(step: int, steps: int) -> float:
-    """Of the highest learning rate: rising for 6 % of the steps, then falling to nothing."""
+    """Learning rate as a share of the highest one: a linear rise over 6 % of the steps, then a linear fall to zero."""
     warm_up = max(1, round(WARM_UP * steps))
     return min(step / warm_up, (steps - step + 1) / max(1, steps - warm_up + 1))

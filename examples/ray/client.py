@@ -1,4 +1,4 @@
-"""Ask the application of examples/ray/serve.yaml, and load another adapter into it while it runs.
+"""Ask the application of examples/ray/serve.yaml, and load another adapter while it runs.
 
 PARADE_ADMIN_KEY=... python examples/ray/client.py [--url http://localhost:8000/v1]
 """
@@ -20,7 +20,7 @@ QUESTIONS = {
 
 
 def ask(client: OpenAI, model: str, prompt: str) -> None:
-    """Print the answer, and which replica gave it."""
+    """Print the answer and the replica that gave it."""
     response = client.chat.completions.with_raw_response.create(
         model=model, messages=[{"role": "user", "content": prompt}], temperature=0, max_tokens=48
     )
@@ -29,7 +29,7 @@ def ask(client: OpenAI, model: str, prompt: str) -> None:
 
 
 def load(url: str, name: str) -> None:
-    """Have an adapter served; when this returns, every replica has it."""
+    """Load an adapter. When this returns, every replica serves it."""
     response = httpx.post(
         f"{url}/load_parade_adapter",
         json={"parade_name": name, "parade_path": str(ADAPTERS / name)},

@@ -142,7 +142,7 @@ def test_names_are_refused_that_are_taken(play) -> None:
         assert world.listed.version == version
         with pytest.raises(AdapterRefused, match=r"'a' is served from /x/a; unload it first"):
             await world.listed.load(ParadeModule("a", "/y"))
-        with pytest.raises(UnknownAdapter, match=r"no adapter is called 'b'; there are a"):
+        with pytest.raises(UnknownAdapter, match=r"no adapter is called 'b'; loaded adapters: a"):
             await world.listed.unload("b")
 
     play(scenario)

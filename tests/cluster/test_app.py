@@ -34,7 +34,7 @@ def arguments(**given: Any) -> Arguments:
         ({"repilcas": 2}, "Extra inputs are not permitted"),
         ({"replicas": 2, "autoscaling": {"max_replicas": 3}}, "replicas is 2, but autoscaling is given too; drop one"),
         ({"engine": {"parade-modules": ["a=b"]}}, "engine.parade_modules is .*; give them as `adapters`"),
-        ({"engine": {"--port": 1}}, "engine.port is 1; Serve's http_options have it"),
+        ({"engine": {"--port": 1}}, "engine.port is 1; set it in Serve's http_options"),
         (
             {"engine": {"tensor_parallel_size": 4}, "replica_options": {"num_gpus": 1}},
             "num_gpus is 1, but engine.tensor_parallel_size is 4; give a replica 4 GPUs",

@@ -102,7 +102,7 @@ def test_files_that_have_changed_are_not_served(served: Served) -> None:
     """Other replicas read them before: the answers would depend on who answers."""
     served.apply(a="what others have")
     assert served.names == set()
-    assert "are not those that the other replicas have read" in served.follower.report.problems["a"]
+    assert "differ from those that the other replicas read" in served.follower.report.problems["a"]
 
 
 def test_modules_of_the_start_are_served_as_the_list_says() -> None:

@@ -48,7 +48,7 @@ def test_a_module_that_is_none(value):
 
 
 def test_a_module_in_broken_json():
-    with pytest.raises(ServingConfigError, match="--parade-modules got .*which is no JSON"):
+    with pytest.raises(ServingConfigError, match="--parade-modules got .*which is not valid JSON"):
         ParadeModule.parse('{"name": "a"')
 
 
@@ -80,7 +80,7 @@ def test_one_site_needs_no_list():
         ({"parade_modules": ["a=/x", "a=/y"]}, "--parade-modules names 'a' twice; give every adapter its own name"),
         (
             {"max_parades": 4, "max_cpu_parades": 3},
-            "--max-cpu-parades is 3, less than --max-parades, 4; what is on the device is held in host memory too: "
+            "--max-cpu-parades is 3, less than --max-parades, 4; host memory also holds the adapters on the device: "
             "raise the first or lower the second",
         ),
         (

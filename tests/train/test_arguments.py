@@ -38,7 +38,7 @@ def test_a_yaml_file_and_flags_on_top(tmp_path: Path, sst2: Path) -> None:
     assert options.peft == {"r": 8, "sites": ["q", "v"]}
     assert (settings.learning_rate, settings.max_steps) == (2e-3, 9)
     file.write_text("just words")
-    with pytest.raises(ValueError, match=r"settings\.yaml holds a str; expected settings by name"):
+    with pytest.raises(ValueError, match=r"settings\.yaml holds a str; expected a mapping"):
         parse([str(file)])
 
 
@@ -53,7 +53,7 @@ def test_bad_settings_are_refused(sst2: Path) -> None:
         ),
         (["--train_file", "f", "--bias_lr_ratio", "-1"], "--bias_lr_ratio is -1.0; expected 0 or more"),
         (["--task", "sst2"], "--data names 0 folders for 1 tasks"),
-        (["--task", "sst2", "--data", "nowhere"], "--data names 'nowhere', which is no folder"),
+        (["--task", "sst2", "--data", "nowhere"], "--data names 'nowhere', which is not a folder"),
         (["--task", "sst2", "--data", str(sst2), "--peft", "{r: 8"], "--peft got '{r: 8', which is no JSON object"),
     ):
         with pytest.raises(ValueError, match=message):

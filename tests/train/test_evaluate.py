@@ -61,9 +61,9 @@ def test_one_kind_of_adapter_that_vllm_serves(tmp_path: Path) -> None:
     parade, lora, ia3 = (folder(tmp_path / kind, kind) for kind in ("PARADE", "LORA", "IA3"))
     assert [adapter_kind([one]) for one in (parade, lora)] == ["PARADE", "LORA"]
     assert adapter_kind([]) == "PARADE"
-    with pytest.raises(ValueError, match="kinds LORA, PARADE; one engine serves one kind"):
+    with pytest.raises(ValueError, match="types LORA, PARADE; give adapters of one type"):
         adapter_kind([parade, lora])
-    with pytest.raises(ValueError, match="kind IA3, which vLLM does not serve"):
+    with pytest.raises(ValueError, match="type IA3, which vLLM does not serve"):
         adapter_kind([ia3])
 
 
@@ -121,15 +121,15 @@ def test_bad_adapters_are_refused(refused: Callable[..., str], tmp_path: Path) -
         return "--adapter", f"a={path}"
 
     file = tmp_path / "given/adapter_config.json"
-    assert refused(*given("{")).startswith(f"--adapter {file}: no valid JSON: ")
-    assert refused(*given("[]")) == f"--adapter {file}: names no peft_type; expected PEFT's settings of an adapter"
+    assert refused(*given("{")).startswith(f"--adapter {file}: invalid JSON: ")
+    assert refused(*given("[]")) == f"--adapter {file}: has no peft_type; expected PEFT's config of an adapter"
     assert refused(*given('{"peft_type": "LORA", "r": "8"}')).startswith(f"--adapter {file}: r is '8'; expected a ")
     line = refused(*given('{"peft_type": "PARADE"}'))
     assert line.startswith(f"--adapter {tmp_path}/given/adapter_model.safetensors: no such file; expected ")
     line = refused(*given('{"peft_type": "LORA", "r": 600}'))
     assert line == "--adapter names a LoRA of r 600; vLLM serves at most 512"
     twice = refused("--adapter", f"a={ADAPTER}", f"a={ADAPTER}")
-    assert twice == "--adapter: the name 'a' is already taken; give every adapter a name of its own"
+    assert twice == "--adapter: the name 'a' is already taken; give each adapter its own name"
     assert refused("--adapter", f"base model={ADAPTER}").startswith("--adapter: the name 'base model' is already taken")
 
 
@@ -147,7 +147,7 @@ def test_missing_packages_are_named(refused: Callable[..., str], sst2: Path, mon
     assert refused("--task", "e2e").startswith("not installed: rouge_score; install with: pip install ")
 
 
-@pytest.mark.parametrize(("given", "said"), [("{", "is no JSON"), ("[1]", "expected a JSON object")])
+@pytest.mark.parametrize(("given", "said"), [("{", "invalid JSON"), ("[1]", "expected a JSON object")])
 def test_engine_arguments_are_an_object(capsys: pytest.CaptureFixture[str], given: str, said: str) -> None:
     with pytest.raises(SystemExit) as ended:
         parser().parse_args(["--model", "m", "--task", "sst2", "--data", "d", "--engine", given])

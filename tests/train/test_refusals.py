@@ -45,7 +45,7 @@ def refused(weightless: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         (f"{PAIR}\n{PAIR[:-3]}".encode(), "{file}, line 2: expected {pair} (JSONDecodeError("),
         (b'\n{"prompt": "p", "answer": "r"}', "{file}, line 2: expected {pair} (KeyError('response'))"),
         (b'["p", "r"]', "{file}, line 1: expected {pair} (TypeError("),
-        (b'{"prompt": "p", "response": 3}', "{file}, line 1: prompt and response must be texts that are not empty"),
+        (b'{"prompt": "p", "response": 3}', "{file}, line 1: prompt and response must be non-empty strings"),
         (b"[" * 100_000, "{file}, line 1: expected {pair} (RecursionError("),
     ],
     ids=["missing", "empty", "blank", "utf16", "cut", "keys", "list", "number", "nested"],
@@ -68,7 +68,7 @@ def test_nothing_is_left_to_train_on(refused: Callable[..., str], tmp_path: Path
     file = tmp_path / "one.jsonl"
     file.write_text(PAIR)
     line = refused("--train_file", file)
-    assert line == f"--train_file {file}: no example is left to train on: all its prompts are in dev; add examples"
+    assert line == f"--train_file {file}: no training example is left, because all prompts are in dev; add examples"
     assert refused("--train_file", file, "--dev_file", file) == line
     assert refused("--max_length", 3) == "--max_length is 3, and all 18 examples are longer; raise it"
 
@@ -206,9 +206,9 @@ def test_data_sets_of_the_hub(refused: Callable[..., str], monkeypatch: pytest.M
     assert refused(source=hub).startswith("--dataset some/pairs: cannot be loaded: Dataset 'some/pairs' doesn't exist")
     pair = {"prompt": "p", "response": "r"}
     for answer, message in (
-        ({"test": [pair]}, "--dataset some/pairs: has no split train with examples, only test; give another one"),
+        ({"test": [pair]}, "--dataset some/pairs: has no examples in a split train, only test; give another data set"),
         ({"train": [pair, {"text": "t"}]}, f"--dataset some/pairs, train row 1: {EXPECTED} (KeyError('prompt'))"),
-        ({"train": [pair]}, "--dataset some/pairs: no example is left to train on"),
+        ({"train": [pair]}, "--dataset some/pairs: no training example is left"),
     ):
         hub_answers(answer)
         assert refused(source=hub).startswith(message)
@@ -218,7 +218,7 @@ def test_data_sets_of_the_hub(refused: Callable[..., str], monkeypatch: pytest.M
     ("content", "message"),
     [
         (None, "settings.yaml: cannot be read: No such file or directory"),
-        (b"a: [1", "settings.yaml: no valid YAML: while parsing a flow sequence"),
+        (b"a: [1", "settings.yaml: invalid YAML: while parsing a flow sequence"),
         (b"a: \xff", "settings.yaml: not UTF-8 text"),
     ],
     ids=["missing", "yaml", "utf8"],

@@ -74,7 +74,7 @@ def test_wikisql_is_split_by_table(tmp_path: Path) -> None:
         wikisql_prompt("Who is 1?", "table_900: Player, No."), ("SELECT Player FROM table_900 WHERE No. = 1",)
     )
     (tmp_path / "test1000.txt").write_text("something else")
-    with pytest.raises(ValueError, match=r"test1000\.txt: no row of WikiSQL: 'something else'"):
+    with pytest.raises(ValueError, match=r"test1000\.txt: not a row of WikiSQL: 'something else'"):
         TASKS["wikisql"].read(tmp_path)
 
 

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""More than one replica: which of them gets a request, and how adapters reach all of them.
+"""The Ray Serve application: routes requests to replicas and loads adapters on all of them.
 
     ingress.py ----> router.py (routing.py) ----> replica.py: engine.py, asgi.py, lifeline.py
         |                                             |
         +---------> coordinator.py: adapters.py <-----+ follower.py
 
-Importing this package loads none of these modules: the plugin imports `lifeline.py` in every process of vLLM.
-`app.py` puts the application together.
+`app.py` builds the application. Importing this package loads none of these modules, because the plugin imports
+`lifeline.py` in every process of vLLM.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    # The rule needs NumPy.
+    # Lazy: the rule imports NumPy.
     if name == "AffinityRule":
         from vllm_parade.cluster.routing import AffinityRule
 

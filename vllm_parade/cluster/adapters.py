@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The application's list of adapters, and how a change of it reaches every replica before it counts.
+"""The application's list of adapters, and the barrier that applies each change on all replicas.
 
-Each replica waits for the next version of the list, makes its engine's adapters those of the list, and reports what
-became of it. A new adapter comes twice: first without content, when replicas read it but do not serve it; then, once
-all have reported the same content, to be served. So an adapter that one of them refuses has never been served anywhere,
-and when a load returns there is no replica that would answer 404.
+Each replica polls for the next version of the list, loads and unloads adapters in its engine to match it, and reports
+the result. A new adapter is published twice. The first version has no content hash: replicas read the adapter but do
+not serve it. The second follows once all replicas have reported the same hash: they serve it. So an adapter that one
+replica refuses is never served, and no replica answers 404 after a load has returned.
 """
 
 import asyncio
@@ -17,31 +17,31 @@ from typing import Any
 from vllm_parade.cluster.entries import Entry, Report, Snapshot
 from vllm_parade.config import ParadeModule
 
-# How long a change waits for the slowest replica, and how often it looks whether those it waits for are alive.
+# Timeout of a change, and the interval at which it checks that late replicas are alive.
 BARRIER_S = 60.0
 LOOK_S = 0.5
-# How long a replica waits for the next version before it asks again.
+# Timeout of a replica's poll for the next version.
 POLL_S = 10.0
 
 
 class AdapterRefused(ValueError):
-    """A change that cannot be made; the list is as before. The message says why and what to do."""
+    """A change was refused and the list is unchanged. The message names the reason and the remedy."""
 
 
 class UnknownAdapter(AdapterRefused):
-    """A name that is not on the list."""
+    """The name is not on the list."""
 
 
 class NotConfirmed(RuntimeError):
-    """A change that some replica has not confirmed in time; the message says which one, and what holds now."""
+    """A replica has not confirmed a change in time. The message names the replica and the adapter's current state."""
 
 
 class AdapterList:
     """The list, its version and the replicas that follow it.
 
     Args:
-        base_names: the base model's names, which no adapter may have
-        save: called with the list before anybody hears of a change
+        base_names: names of the base model; adapters cannot use them
+        save: called with the list after each change, before replicas are notified
         is_alive: whether a replica's process may still answer requests
     """
 
@@ -61,7 +61,7 @@ class AdapterList:
         self._news = asyncio.Event()
 
     async def poll(self, replica: str, report: Report) -> Snapshot:
-        """Take a replica's report, and answer with the next version as soon as there is one."""
+        """Store a replica's report, and return the next version as soon as it exists."""
         new = replica not in self.replicas
         self.replicas[replica] = report
         if new:
@@ -69,31 +69,31 @@ class AdapterList:
         self._tell()
         with suppress(TimeoutError):
             await self._wait(lambda: self.version != report.version, self.poll_s)
-        # The version may have changed in the very moment in which the time was up.
+        # The version may have changed just as the timeout expired.
         return Snapshot(self.version, None if self.version == report.version else dict(self.entries))
 
     def leave(self, replica: str) -> None:
-        """Forget a replica that takes no more requests."""
+        """Remove a replica that takes no more requests."""
         if self.replicas.pop(replica, None) is not None:
             self.save(self)
         self._tell()
 
     async def forget_dead(self, replicas: Iterable[str]) -> None:
-        """Forget those of these replicas whose process has ended."""
+        """Remove the given replicas whose process has ended."""
         names = list(replicas)
         for name, alive in zip(names, await asyncio.gather(*map(self.is_alive, names)), strict=True):
             if not alive:
                 self.leave(name)
 
     async def load(self, module: ParadeModule) -> None:
-        """Serve an adapter on all replicas; one that is served already is left as it is.
+        """Serve an adapter on all replicas. Does nothing if the same adapter is already served.
 
         Raises:
             AdapterRefused: the name is taken, or a replica cannot use the adapter; nothing has changed.
             NotConfirmed: a replica does not answer; the adapter is not served.
         """
         if module.name in self.base_names:
-            raise AdapterRefused(f"{module.name!r} is the base model's name; give the adapter another")
+            raise AdapterRefused(f"{module.name!r} is the base model's name; give the adapter another name")
         known = self.entries.get(module.name)
         if known is not None and known.module == module and known.content is not None:
             return
@@ -110,10 +110,10 @@ class AdapterList:
             raise
 
     async def settle_when_read(self, name: str) -> None:
-        """Serve an adapter that was on the list before there was any replica, once the first has read it.
+        """Serve an adapter that was listed before the first replica started, once a replica has read it.
 
         Raises:
-            AdapterRefused: replicas read different files; it is on the list no more.
+            AdapterRefused: a replica cannot use the adapter, or replicas read different files. The adapter is removed.
         """
         while self.entries[name].content is None:
             await self._wait(lambda: any(name in one.contents for one in self.replicas.values()))
@@ -126,22 +126,22 @@ class AdapterList:
                 raise
 
     async def unload(self, name: str) -> None:
-        """Serve an adapter no longer; requests under way end as they began.
+        """Stop serving an adapter. Running requests finish with it.
 
         Raises:
-            UnknownAdapter: there is none of that name.
+            UnknownAdapter: no adapter has that name.
             AdapterRefused: it is still being loaded.
-            NotConfirmed: a replica does not answer; everywhere else the adapter is withdrawn.
+            NotConfirmed: a replica does not answer; all others have withdrawn the adapter.
         """
         if name not in self.entries:
-            raise UnknownAdapter(f"no adapter is called {name!r}; there are {', '.join(self.entries) or 'none'}")
+            raise UnknownAdapter(f"no adapter is called {name!r}; loaded adapters: {', '.join(self.entries) or 'none'}")
         if self.entries[name].content is None:
-            raise AdapterRefused(f"adapter {name!r} is being loaded; unload it when it is served")
+            raise AdapterRefused(f"adapter {name!r} is being loaded; unload it once it is served")
         self._set(name, None)
-        await self._confirm(f"adapter {name!r} is withdrawn everywhere else, and there as soon as it answers")
+        await self._confirm(f"adapter {name!r} is withdrawn everywhere else; this replica follows when it answers")
 
     def describe(self) -> dict[str, Any]:
-        """Adapters and replicas in plain values, for people and dashboards."""
+        """The adapters and replicas as JSON-serializable values."""
         adapters = [
             {**vars(entry.module), "content": entry.content, "served": entry.content is not None}
             for entry in self.entries.values()
@@ -159,7 +159,7 @@ class AdapterList:
         return {"version": self.version, "adapters": adapters, "replicas": replicas}
 
     async def _settle(self, name: str) -> None:
-        """Let an entry be served, once every replica has read the same content."""
+        """Publish an entry for serving once all replicas have read the same content."""
         meanwhile = f"adapter {name!r} is not served"
         await self._confirm(meanwhile)
         reports = list(self.replicas.values())
@@ -185,7 +185,7 @@ class AdapterList:
         self._tell()
 
     async def _confirm(self, meanwhile: str) -> None:
-        """Return when all replicas have reported on this version of the list, or on a later one."""
+        """Wait until all replicas have reported this version of the list or a later one."""
         version, end = self.version, time.monotonic() + self.barrier_s
 
         def late() -> list[str]:
@@ -200,14 +200,14 @@ class AdapterList:
                     message = f"{late()[0]} has not answered within {self.barrier_s:g} s; {meanwhile}"
                     raise NotConfirmed(message) from None
         if not self.replicas:
-            raise NotConfirmed(f"no replica is running; {meanwhile}. Try again when one is")
+            raise NotConfirmed(f"no replica is running; {meanwhile}. Try again when one is running")
 
     def _tell(self) -> None:
         self._news.set()
         self._news = asyncio.Event()
 
     async def _wait(self, condition: Callable[[], bool], seconds: float | None = None) -> None:
-        """Return as soon as the condition holds; TimeoutError where it does not in time."""
+        """Wait until the condition holds; raises TimeoutError after `seconds`."""
         async with asyncio.timeout(seconds):
             while not condition():
                 await self._news.wait()

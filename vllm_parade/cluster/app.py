@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PARADE on Ray Serve: the application, from code (`serve.run(build_app(arguments))`) or from YAML (`serve run`)."""
+"""The Ray Serve application, built from Python (`serve.run(build_app(arguments))`) or from YAML (`serve run`)."""
 
 import json
 import math
@@ -23,48 +23,48 @@ from vllm_parade.cluster.replica import Replica
 from vllm_parade.cluster.router import AffinityRouter
 from vllm_parade.config import MOST_HOST_ADAPTERS, ParadeModule, ServingConfig, given_sites
 
-# Requests at a time that Serve lets through to the ingress and to the coordinator, which only wait.
+# Concurrent requests that Serve allows to the ingress and to the coordinator, which only wait.
 MANY = 100_000
 HEALTH_CHECK_S = 5.0
-# Serve notices a death at its next check; until then adapters cannot be changed.
+# Serve notices a dead coordinator at its next check. Adapters cannot be changed before that.
 COORDINATOR_CHECK_S = 1.0
-# Ray starts its workers at niceness 15, where one busy process of niceness 0 leaves them 3 % of a core. A worker reads
-# this from its environment.
+# Ray starts workers at niceness 15: one busy process at niceness 0 leaves them 3 % of a core. Each worker reads this
+# variable from its environment.
 NICENESS = {"RAY_worker_niceness": "0"}
-# Flags that make no sense here, and what to give instead.
+# Flags of `vllm serve` that the application sets itself, and what to use instead.
 ELSEWHERE = {
     "model": "give it as `model`",
     "parade_modules": "give them as `adapters`",
-    "host": "Serve's http_options have it",
-    "port": "Serve's http_options have it",
+    "host": "set it in Serve's http_options",
+    "port": "set it in Serve's http_options",
     "api_server_count": "raise `ingress_replicas`",
     "data_parallel_size": "raise `replicas`",
 }
 
 
 class Arguments(BaseModel, extra="forbid"):
-    """What an application is built from; `args` of the YAML."""
+    """Arguments of the application: `args` in the YAML."""
 
     model: str
-    """The base model: name on the Hub, or folder that all machines have."""
+    """The base model: its name on the Hub, or a folder that exists on all machines."""
     engine: dict[str, Any] = Field(default_factory=dict)
-    """Flags of `vllm serve` for every replica, PARADE's among them: {"max_model_len": 2048, "max_parades": 8}."""
+    """Flags of `vllm serve` for every replica, including PARADE's: {"max_model_len": 2048, "max_parades": 8}."""
     adapters: list[Any] = Field(default_factory=list)
-    """Adapters served from the start: name=path, or {"name": ..., "path": ..., "base_model_name": ...}."""
+    """Adapters to load at startup: name=path, or {"name": ..., "path": ..., "base_model_name": ...}."""
     replicas: int = Field(1, ge=1)
-    """Engines."""
+    """Number of replicas; each runs one engine."""
     autoscaling: dict[str, Any] | None = None
     """Serve's autoscaling_config, instead of `replicas`."""
     replica_options: dict[str, Any] = Field(default_factory=dict)
-    """Ray's options of a replica: num_cpus, num_gpus (tensor times pipeline parallel size), resources, runtime_env."""
+    """Ray options of a replica: num_cpus, num_gpus (tensor times pipeline parallel size), resources, runtime_env."""
     placement_group_bundles: list[dict[str, float]] | None = None
-    """Resources of a replica that spans machines; the first bundle is the replica's own process."""
+    """Resources of a replica that spans machines; the first bundle is for the replica's own process."""
     placement_group_strategy: str | None = None
     """PACK, SPREAD, STRICT_PACK or STRICT_SPREAD."""
     max_ongoing_requests: int | None = Field(None, ge=1)
-    """Requests that wait or run on a replica; more wait in the ingress. By default four times max_num_seqs."""
+    """Requests that may wait or run on one replica; others wait in the ingress. Default: four times max_num_seqs."""
     ingress_replicas: int = Field(1, ge=1)
-    """Processes that take requests from Serve's proxies."""
+    """Number of processes that receive requests from Serve's proxies."""
 
     @field_validator("engine")
     @classmethod
@@ -98,36 +98,36 @@ class Arguments(BaseModel, extra="forbid"):
 
     @property
     def base_names(self) -> list[str]:
-        """Names under which the base model is served."""
+        """Served names of the base model."""
         given = self.engine.get("served_model_name") or self.model
         return list(given) if isinstance(given, list) else [given]
 
     @property
     def max_num_seqs(self) -> int:
-        """Requests that an engine runs at a time; vLLM's default depends on the device, and the router must know."""
+        """vLLM's max_num_seqs, by default 256. vLLM's own default depends on the device; the router needs a number."""
         return int(self.engine.get("max_num_seqs") or 256)
 
     def serving_config(self) -> ServingConfig:
-        """PARADE's knobs, the same for all replicas: those that start later know other adapters.
+        """PARADE's flags, computed once for all replicas, because a later replica may see other adapters.
 
         Raises:
-            ServingConfigError, AdapterError: names the knob or the file, and the remedy.
+            ServingConfigError, AdapterError: names the flag or the file, and the remedy.
         """
         knobs = {name: self.engine[name] for name in ServingConfig.__dataclass_fields__ if name in self.engine}
         config = ServingConfig.from_dict({**knobs, "enable_parade": True, "parade_modules": self.adapters})
         sites = config.parade_sites or given_sites([load_config(module.path).sites for module in self.adapters])
-        # Adapters that an administrator loads are all kept, so no share of memory limits them.
+        # Every loaded adapter stays in host memory, so the capacity is a count and not a share of memory.
         capacity = config.max_cpu_parades or max(config.least_cpu_parades, MOST_HOST_ADAPTERS)
         return ServingConfig.from_dict({**vars(config), "parade_sites": sites, "max_cpu_parades": capacity})
 
     def engine_options(self) -> dict[str, Any]:
-        """Flags of every replica's engine."""
+        """Engine flags of every replica."""
         config = self.serving_config()
         knobs = {"parade_sites": list(config.sites), "max_cpu_parades": config.max_cpu_parades, "enable_parade": True}
         return {**self.engine, "model": self.model, "max_num_seqs": self.max_num_seqs, **knobs}
 
     def replica_settings(self) -> dict[str, Any]:
-        """Serve's options of the deployment of replicas."""
+        """Serve's deployment options for the replicas."""
         router = {"max_num_seqs": self.max_num_seqs, "resident": self.serving_config().max_parades}
         given = {
             "num_replicas": self.replicas if self.autoscaling is None else None,
@@ -147,9 +147,9 @@ class Arguments(BaseModel, extra="forbid"):
 
 
 def at_usual_priority(options: dict[str, Any]) -> dict[str, Any]:
-    """Ray's options of an actor at niceness 0, unless the environment variables in them say otherwise."""
+    """Ray actor options with niceness 0, unless the env_vars in `options` set another one."""
     given = options.get("runtime_env") or {}
-    # Serve gives the driver's runtime environment only to deployments that have none.
+    # A deployment inherits the driver's runtime environment only if it has none of its own.
     inherited = {} if given else driver_runtime_env()
     env_vars = {**inherited.get("env_vars", {}), **NICENESS, **given.get("env_vars", {})}
     return {**options, "runtime_env": {**inherited, **given, "env_vars": env_vars}}
@@ -164,16 +164,16 @@ def driver_runtime_env() -> dict[str, Any]:
 
 
 def build_app(arguments: Arguments) -> Application:
-    """The application; `serve.run` takes it, and a YAML names this function as `import_path`.
+    """Build the application for `serve.run`. A YAML names this function as `import_path`.
 
-    Where the driver has a `runtime_env` that the application needs, call `ray.init` first.
+    If the application needs the driver's `runtime_env`, call `ray.init` first.
 
     Raises:
-        ValueError: an argument that cannot be used; the message names it and the remedy.
+        ValueError: an argument cannot be used; the message names it and the remedy.
     """
     arguments = Arguments.model_validate(arguments)
-    # Both of them mostly wait, which needs no core of their own; and not every replica that waits for news is a line in
-    # the log.
+    # Ingress and coordinator mostly wait, so they reserve no core. The coordinator's access log is off: it would get a
+    # line for every poll of a replica.
     options = at_usual_priority({"num_cpus": 0})
     waiting: dict[str, Any] = {"max_ongoing_requests": MANY, "ray_actor_options": options}
     quiet = {"health_check_period_s": COORDINATOR_CHECK_S, "logging_config": LoggingConfig(enable_access_log=False)}

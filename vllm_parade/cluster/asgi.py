@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An HTTP request that travels to a replica, and an ASGI app that answers it there, message by message."""
+"""HTTP requests in a form that can be sent to a replica, and a streaming call of the replica's ASGI app."""
 
 import asyncio
 import json
@@ -11,13 +11,13 @@ from typing import Any
 Message = MutableMapping[str, Any]
 Headers = list[tuple[bytes, bytes]]
 App = Callable[..., Awaitable[None]]
-# When a client may try again what has failed for a reason that passes.
+# Retry-After of temporary failures.
 RETRY_AFTER_S = 1
 
 
 @dataclass(frozen=True)
 class ClientRequest:
-    """A client's request, as it came."""
+    """A client's request, unchanged."""
 
     method: str
     path: str
@@ -25,13 +25,13 @@ class ClientRequest:
     headers: Headers
     body: bytes
     adapter: str | None
-    """Adapter that it names as its model; None for one that goes to any replica."""
+    """Name of the requested adapter; None if any replica can answer."""
 
     def scope(self) -> dict[str, Any]:
-        """The request in ASGI's form."""
+        """The request as an ASGI scope."""
         return {
             "type": "http",
-            # From 2.4 on, apps learn that a client has gone from an error when they send; here they are told.
+            # From 2.4 on, send() raises when the client has disconnected; here the app gets http.disconnect instead.
             "asgi": {"version": "3.0", "spec_version": "2.3"},
             "http_version": "1.1",
             "method": self.method,
@@ -47,12 +47,12 @@ class ClientRequest:
 
 
 async def call(app: App, asked: ClientRequest) -> AsyncIterator[list[Message]]:
-    """What the app sends, as it comes; several messages together where they came faster than they were taken.
+    """Yield the app's messages as it sends them. Messages that queue up are yielded together.
 
-    A caller that stops early is a client that has gone: the app is told, and ends what it does for it.
+    If the caller stops early, the client has disconnected: the app gets http.disconnect and stops its work.
 
     Raises:
-        Exception: what the app raised.
+        Exception: any exception of the app.
     """
     sent: asyncio.Queue[Message | None] = asyncio.Queue()
     gone = asyncio.Event()
@@ -83,14 +83,14 @@ async def call(app: App, asked: ClientRequest) -> AsyncIterator[list[Message]]:
 
 
 def error(status: HTTPStatus, message: str) -> dict[str, Any]:
-    """The body of an error, in the form that vLLM and OpenAI's clients know."""
+    """The body of an error, in the format of vLLM and OpenAI's clients."""
     kind = status.phrase.title().replace(" ", "")
     details = {"message": message, "type": kind.removesuffix("Error") + "Error", "param": None, "code": status.value}
     return {"error": details}
 
 
 def refusal(status: HTTPStatus, message: str) -> list[Message]:
-    """An error as an app's messages; one that a client may try again says when."""
+    """An error as ASGI messages; 503 has a Retry-After header."""
     headers = [(b"content-type", b"application/json")]
     if status == HTTPStatus.SERVICE_UNAVAILABLE:
         headers.append((b"retry-after", str(RETRY_AFTER_S).encode()))
@@ -100,5 +100,5 @@ def refusal(status: HTTPStatus, message: str) -> list[Message]:
     ]
 
 
-# asyncio itself keeps no task alive.
+# asyncio keeps only weak references to tasks.
 _running: set[asyncio.Future[None]] = set()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The list of adapters as a Ray Serve deployment of one replica, which finds in Ray's store what the last one knew."""
+"""The list of adapters as a Ray Serve deployment with one replica. It restores its state from Ray's store."""
 
 import asyncio
 import contextlib
@@ -25,10 +25,13 @@ PING_S = 2.0
 
 
 class Coordinator:
-    """Holds the application's `AdapterList`. What it keeps in Ray's store survives this process and Serve's controller,
-    as Serve's own state does, and goes with the cluster; a new deployment of the application finds it again."""
+    """Holds the application's `AdapterList` and saves it in Ray's store.
 
-    # Serve awaits a constructor.
+    The saved state survives this process and Serve's controller, and is lost with the cluster, like Serve's own state.
+    A new deployment of the application restores it.
+    """
+
+    # Serve awaits async constructors.
     async def __init__(self, modules: Iterable[ParadeModule], base_names: Iterable[str]) -> None:  # type: ignore[misc]
         context = serve.get_replica_context()
         self.key = f"adapters-{context.app_name}".encode()
@@ -42,7 +45,7 @@ class Coordinator:
         ]
 
     def _restore(self) -> None:
-        """The list as it was; adapters that the application's arguments gave follow these where they have changed."""
+        """Restore the saved list, and apply changes of the application's `adapters` argument since it was saved."""
         stored = internal_kv._internal_kv_get(self.key, namespace=KV_NAMESPACE)
         version, given, entries, replicas = pickle.loads(stored) if stored else (0, {}, {}, [])
         kept = {
@@ -71,7 +74,7 @@ class Coordinator:
             logger.error("%s", error)
 
     async def _is_alive(self, replica: str) -> bool:
-        """Whether a replica's process may still answer: only Ray's word that it is dead counts as no."""
+        """Whether a replica's process may still answer; False only if Ray reports that it is dead."""
         try:
             actor = ray.get_actor(replica, namespace=SERVE_NAMESPACE)
             with contextlib.suppress(ActorUnavailableError, TimeoutError):
@@ -81,7 +84,7 @@ class Coordinator:
         return True
 
     async def modules(self) -> list[ParadeModule]:
-        """Adapters that no replica has read yet, so that an engine can refuse them before it loads its model."""
+        """Adapters that are not confirmed yet, so that an engine can refuse them before it loads its model."""
         return [entry.module for entry in self.adapters.entries.values() if entry.content is None]
 
     async def poll(self, replica: str, report: Report) -> Snapshot:
@@ -101,6 +104,6 @@ class Coordinator:
         await self.adapters.unload(name)
 
     async def describe(self) -> dict[str, Any]:
-        """See AdapterList.describe; only replicas that are alive."""
+        """See AdapterList.describe; dead replicas are removed first."""
         await self.adapters.forget_dead(self.adapters.replicas)
         return self.adapters.describe()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's OpenAI-compatible server without its socket: its arguments, its engine and its app."""
+"""vLLM's OpenAI-compatible server without its socket: arguments, engine and app."""
 
 import json
 from argparse import Namespace
@@ -25,10 +25,10 @@ from vllm_parade.frontend.arguments import COMMAND_LINE
 
 
 def parse(options: Mapping[str, Any]) -> Namespace:
-    """The arguments of `vllm serve` from its flags' names, with underscores or hyphens, and their values.
+    """Parse flags of `vllm serve`, given as names with underscores or hyphens and their values.
 
     Raises:
-        ValueError: what vLLM's command would say of them.
+        ValueError: vLLM's parser refuses a flag; the message is the parser's.
     """
     load_general_plugins()
     parser = make_arg_parser(FlexibleArgumentParser())
@@ -38,7 +38,7 @@ def parse(options: Mapping[str, Any]) -> Namespace:
 
     parser.error = refuse
     args = parser.parse_args([word for name, value in options.items() for word in flag(name, value)])
-    # A bad knob is an exception of this replica, which Serve shows, and not the end of a command.
+    # Without this entry, a bad PARADE flag raises an exception, which Serve reports, instead of exiting the process.
     args.additional_config.get(CONFIG_KEY, {}).pop(COMMAND_LINE, None)
     validate_parsed_serve_args(args)
     validate_api_server_args(args)
@@ -46,7 +46,7 @@ def parse(options: Mapping[str, Any]) -> Namespace:
 
 
 def flag(name: str, value: Any) -> list[str]:
-    """A flag and its value in the words of a command line; nothing for None."""
+    """A flag and its value as command-line arguments; empty for None."""
     words = name.replace("_", "-")
     if value is None:
         return []
@@ -58,7 +58,7 @@ def flag(name: str, value: Any) -> list[str]:
 
 @asynccontextmanager
 async def serving(args: Namespace) -> AsyncIterator[FastAPI]:
-    """The app over an engine whose metrics go to Ray's exporter; both end with the context."""
+    """Start an engine whose metrics go to Ray's exporter, and yield its app. Both stop when the context exits."""
     engine_args = AsyncEngineArgs.from_cli_args(args)
     usage = UsageContext.OPENAI_API_SERVER
     engine = AsyncLLM.from_vllm_config(
@@ -73,7 +73,7 @@ async def serving(args: Namespace) -> AsyncIterator[FastAPI]:
         tasks = await engine.get_supported_tasks()
         app = build_app(args, tasks, engine.model_config)
         await init_app_state(engine, app.state, args, tasks)
-        # vLLM's error handler asks its HTTP server to stop when the engine has died; here Serve's health check sees it.
+        # vLLM's error handler stops its HTTP server when the engine dies. Here, Serve's health check detects that.
         app.state.server = SimpleNamespace(should_exit=False)
         async with app.router.lifespan_context(app):
             yield app

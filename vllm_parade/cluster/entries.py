@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What travels between the application's list of adapters and the replicas that follow it."""
+"""Messages between the application's list of adapters and its replicas."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,28 +13,28 @@ class Entry:
 
     module: ParadeModule
     content: str | None = None
-    """Content hash that the replicas agreed on; None while they read it and nobody serves it yet."""
+    """Content hash that all replicas have reported; None while they read the adapter and do not serve it yet."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The list at one moment."""
+    """One version of the list."""
 
     version: int
     entries: Mapping[str, Entry] | None
-    """By name; None where the reader has this version already."""
+    """By name; None if the replica already has this version."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a replica made of a version of the list."""
+    """A replica's result of applying a version of the list."""
 
     version: int = -1
     contents: Mapping[str, str] = field(default_factory=dict)
-    """Content hashes of the adapters that are on the list without one."""
+    """Content hashes of the adapters that have none on the list."""
     problems: Mapping[str, str] = field(default_factory=dict)
-    """Adapters that the replica could not load, with the reason."""
+    """Adapters that the replica could not load, with the error message."""
     host: str = ""
-    """Name of the replica's machine."""
+    """Host name of the replica's machine."""
     pid: int = 0
-    """The replica's process on that machine."""
+    """Process id of the replica on that machine."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A replica's part: make its engine's adapters those of the application's list, and say what became of it."""
+"""Applies the application's list of adapters to one replica's engine, and reports the result."""
 
 import os
 import socket
@@ -26,7 +26,7 @@ class Follower:
     def __init__(self, models: "OpenAIServingModels") -> None:
         self.models, self.engine = models, models.engine_client
         self.registry = AdapterRegistry.of(self.engine.input_processor)
-        # Names of --parade-modules are served when all replicas have them, not when this one has.
+        # Adapters of --parade-modules are not served until all replicas have read them.
         self._held: dict[str, ParadeRequest] = dict(models.lora_requests)
         models.lora_requests.clear()
         self._entries: Mapping[str, Entry] = {}
@@ -34,15 +34,17 @@ class Follower:
 
     @property
     def num_served(self) -> int:
-        """Adapters that requests can name."""
+        """Number of adapters that requests can name."""
         return len(self.models.lora_requests)
 
     async def apply(self, snapshot: Snapshot) -> int:
-        """Hold the adapters of the list, serve those that have been read everywhere, and withdraw all others; returns
-        how many were not held before.
+        """Load the adapters of the list, serve those that all replicas have read, and withdraw all others.
 
-        One that cannot be loaded is a problem in the report, and tried again at the next call: the other tenants'
-        adapters don't wait for it.
+        An adapter that cannot be loaded is reported as a problem and tried again at the next call. It does not block
+        the other adapters.
+
+        Returns:
+            number of adapters that were loaded by this call
         """
         if snapshot.entries is not None:
             self._entries = snapshot.entries
@@ -55,7 +57,7 @@ class Follower:
                 content = await self._hold(entry)
             except VLLMValidationError as error:
                 problems[name] = str(error)
-                logger.error("Adapter %r is not served here: %s", name, error)
+                logger.error("Adapter %r is not served by this replica: %s", name, error)
                 continue
             if entry.content is None:
                 contents[name] = content
@@ -72,7 +74,7 @@ class Follower:
                 self.registry.unpin(self._held.pop(name))
 
     async def _hold(self, entry: Entry) -> str:
-        """Keep an adapter in the workers' host memory; returns its content hash."""
+        """Load an adapter into the workers' host memory and pin it; returns its content hash."""
         module = entry.module
         request = self._held.get(module.name)
         if request is None:
@@ -81,7 +83,7 @@ class Follower:
         content = self.registry.content_hash(request)
         if entry.content not in (None, content):
             raise VLLMValidationError(
-                f"adapter {module.name!r}: the files in {module.path} are not those that the other replicas have read; "
+                f"adapter {module.name!r}: the files in {module.path} differ from those that the other replicas read; "
                 "unload it, and load it from a path that has not been used before"
             )
         self.registry.pin(request)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The application's front door: finds the adapter in a request, sends it to a replica, and gives back what comes."""
+"""The application's ingress: reads the adapter's name from a request, and forwards the request to a replica."""
 
 import asyncio
 import json
@@ -21,21 +21,21 @@ from vllm_parade.cluster.adapters import AdapterRefused, NotConfirmed, UnknownAd
 from vllm_parade.cluster.asgi import ClientRequest, Headers, Message, error, refusal
 from vllm_parade.config import ParadeModule
 
-# What a replica's death looks like from here.
+# Exceptions that a dead replica causes here.
 LOST = (RayError, RayServeException)
 LOST_MESSAGE = "the replica that answered this request has failed; ask again"
-# How long /health waits for a replica.
+# Timeout of /health.
 HEALTH_S = 5.0
 METHODS = ["GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS"]
-# Environment variable with the key that routes for administrators ask for, as VLLM_API_KEY is for the others.
+# Environment variable with the key for the administrator routes; VLLM_API_KEY is the key for the others.
 ADMIN_KEY = "PARADE_ADMIN_KEY"
 
-# Replicas have vLLM's documentation pages.
+# Disabled: requests for vLLM's documentation pages are forwarded to a replica.
 routes = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
 
 class LoadBody(BaseModel, extra="forbid"):
-    """What an administrator sends to have an adapter served, as vLLM's route for LoRA takes it."""
+    """Body of a load request, analogous to that of vLLM's LoRA route."""
 
     parade_name: str
     parade_path: str
@@ -43,13 +43,13 @@ class LoadBody(BaseModel, extra="forbid"):
 
 
 class UnloadBody(BaseModel, extra="forbid"):
-    """What an administrator sends to have an adapter served no longer."""
+    """Body of an unload request."""
 
     parade_name: str
 
 
 def administrator(request: Request) -> None:
-    """Let only those in who know the key; without a key in the environment nobody."""
+    """Require the administrator key; refuses all requests if the environment has no key."""
     key = os.environ.get(ADMIN_KEY)
     if not key:
         raise HTTPException(HTTPStatus.FORBIDDEN, f"set {ADMIN_KEY} in the ingress' environment to use this route")
@@ -63,14 +63,14 @@ async def refuse(_: Request, exception: HTTPException) -> Response:
 
 
 def reason(failed: BaseException) -> str:
-    """What another process raised, without Ray's account of where."""
+    """Message of an exception of another process, without Ray's traceback."""
     return str(getattr(failed, "cause", None) or failed)
 
 
-# Serve pickles the routes here and now: what they call must stand above.
+# Serve pickles the routes when this decorator runs, so all functions that they call must be defined above.
 @serve.ingress(routes)
 class Ingress:
-    """Routes of administrators are answered here, all others by a replica's vLLM.
+    """Answers the administrator routes and forwards all others to a replica.
 
     `load`, `unload` and `adapters` are also methods of the application's handle.
     """
@@ -80,10 +80,10 @@ class Ingress:
         self.base_names = frozenset(base_names)
 
     async def load(self, name: str, path: str, base_model_name: str | None = None) -> None:
-        """Serve an adapter; when this returns, all replicas do.
+        """Serve an adapter. Returns when all replicas serve it.
 
         Raises:
-            AdapterRefused: nothing has changed; the message says why.
+            AdapterRefused: nothing has changed; the message names the reason.
             NotConfirmed: a replica does not answer; the adapter is not served.
         """
         if not os.path.isabs(path):
@@ -91,16 +91,16 @@ class Ingress:
         await self.coordinator.load.remote(ParadeModule(name, path, base_model_name))
 
     async def unload(self, name: str) -> None:
-        """Serve an adapter no longer; when this returns, all replicas answer 404 to its name.
+        """Stop serving an adapter. Returns when all replicas answer 404 to its name.
 
         Raises:
-            AdapterRefused: there is no such adapter.
+            AdapterRefused: no adapter has that name, or it is still being loaded.
             NotConfirmed: a replica does not answer.
         """
         await self.coordinator.unload.remote(name)
 
     async def adapters(self) -> dict[str, Any]:
-        """The adapters, and which replicas have them."""
+        """The adapters and replicas; see AdapterList.describe."""
         return await self.coordinator.describe.remote()
 
     @routes.post("/v1/load_parade_adapter", dependencies=[Depends(administrator)])
@@ -131,7 +131,7 @@ class Ingress:
 
     @routes.get("/health")
     async def health(self, request: Request) -> Response:
-        """What a replica's engine says. Other requests wait for a replica, this one tells that there is none."""
+        """Health of one replica's engine. Other requests wait for a replica; this one fails if there is none."""
         try:
             async with asyncio.timeout(HEALTH_S):
                 return await self.forward("health", request)
@@ -141,13 +141,13 @@ class Ingress:
 
     @routes.api_route("/{path:path}", methods=METHODS)
     async def forward(self, path: str, request: Request) -> Response:
-        # Without the application's own prefix, which replicas do not know.
+        # Replicas do not know the application's route prefix, so the forwarded path has none.
         body, query = await request.body(), request.url.query.encode()
         asked = ClientRequest(request.method, f"/{path}", query, list(request.headers.raw), body, self.adapter(body))
         messages: list[Message] = []
         stream = self.replicas.answer.remote(asked)
         try:
-            # The status waits for the answer's first part: until then a failure can still be told by a status.
+            # The status is sent with the first part of the body. A failure before that still gets an error status.
             while not any(message["type"] == "http.response.body" for message in messages):
                 messages += await anext(stream)
         except LOST:
@@ -169,7 +169,7 @@ class Ingress:
                     yield message.get("body", b"")
         except LOST:
             if not dict(headers).get(b"content-type", b"").startswith(b"text/event-stream"):
-                # Half a document: the connection breaks, so that nobody takes it for a whole one.
+                # The document is incomplete. Break the connection, so that the client does not take it for complete.
                 raise
             event = error(HTTPStatus.SERVICE_UNAVAILABLE, LOST_MESSAGE)
             yield f"data: {json.dumps(event)}\n\n".encode()
@@ -177,7 +177,7 @@ class Ingress:
             stream.cancel()
 
     def adapter(self, body: bytes) -> str | None:
-        """Name of the adapter in a request's body; None for the base model and for what names no model."""
+        """Name of the adapter in a request's body; None for the base model or if the body names no model."""
         try:
             model = json.loads(body)["model"]
         except (ValueError, KeyError, TypeError):

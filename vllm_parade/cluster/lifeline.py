@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An engine must not outlive its replica.
+"""Ends the engine's processes when their replica ends.
 
-vLLM's engine core is a process of its own. It holds the device memory that the next replica needs, and nobody ends it
-when the replica is killed.
+vLLM's engine core is a separate process. When the replica is killed, it keeps running and holds the device memory that
+the next replica needs.
 """
 
 import os
@@ -10,17 +10,17 @@ import select
 import signal
 import threading
 
-# Process without which the engine's processes end.
+# Environment variable with the replica's process id.
 VARIABLE = "PARADE_LIFELINE"
 
 
 def hold() -> None:
-    """Let processes that are started from here on end with this one."""
+    """Make processes started after this call end when this process ends."""
     os.environ[VARIABLE] = str(os.getpid())
 
 
 def follow() -> None:
-    """End this process as soon as the one that holds it has ended; called in every process of vLLM."""
+    """Kill this process as soon as the process that called `hold` has ended. Called in every process of vLLM."""
     holder = os.environ.get(VARIABLE)
     if holder is None or int(holder) == os.getpid() or any(one.name == VARIABLE for one in threading.enumerate()):
         return

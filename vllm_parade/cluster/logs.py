@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Serve's log beside vLLM's.
+"""Keeps the log of a Serve replica working beside vLLM's.
 
-vLLM configures logging when it is loaded and when it makes an engine, and Python then closes all handlers that there
-are. The one through which Serve's replicas write their log forgets its file; and a controller that has been restarted,
-which asks each replica for the name of that file, takes the failure for a broken replica and replaces every engine.
+vLLM configures logging when it is imported and when it creates an engine. Python then closes all existing handlers, and
+the handler of the replica's log loses its file. A restarted controller asks each replica for the name of that file. If
+the call fails, the controller takes the replica for broken and replaces its engine.
 """
 
 import logging
@@ -14,7 +14,7 @@ from logging.handlers import MemoryHandler
 
 @contextmanager
 def kept(logger: str = "ray.serve") -> Iterator[None]:
-    """Keep a logger's handlers in working order, whatever is configured meanwhile."""
+    """Restore the targets of a logger's memory handlers on exit, if logging was configured inside the context."""
     handlers = [one for one in logging.getLogger(logger).handlers if isinstance(one, MemoryHandler)]
     targets = [handler.target for handler in handlers]
     try:

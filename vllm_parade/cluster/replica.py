@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One replica: an engine with PARADE behind vLLM's own app, as a Ray Serve deployment."""
+"""A replica of the Ray Serve deployment: an engine with PARADE behind vLLM's own app."""
 
 import asyncio
 import logging
@@ -19,29 +19,29 @@ from vllm_parade.cluster.asgi import ClientRequest, Message, call, refusal
 
 logger = logging.getLogger("ray.serve")
 
-# Between attempts to reach the coordinator.
+# Seconds between attempts to reach the coordinator.
 RETRY_S = 0.5
-# How long a replica that stops in good order waits for the coordinator.
+# Timeout for telling the coordinator that this replica stops.
 LEAVE_S = 5.0
-# Tells clients and tests which replica has answered.
+# Names the replica that answered, for clients and tests.
 REPLICA_HEADER = b"x-parade-replica"
 
 
 class Replica:
-    """Answers requests, and keeps its engine's adapters as the application's list says.
+    """Answers requests, and keeps its engine's adapters equal to the application's list.
 
-    It takes no request before its adapters are those of the list. While the coordinator cannot be reached it goes on
-    with those it has.
+    It takes no request before it serves all adapters of the list. If it cannot reach the coordinator, it keeps serving
+    the adapters that it has.
     """
 
-    # Serve awaits a constructor.
+    # Serve awaits async constructors.
     async def __init__(self, options: Mapping[str, Any], coordinator: DeploymentHandle) -> None:  # type: ignore[misc]
         lifeline.hold()
         self.name = ray.get_runtime_context().get_actor_name()
         self.coordinator, self.running = coordinator, AsyncExitStack()
         modules = await coordinator.modules.remote()
         with logs.kept():
-            # vLLM is loaded here and not where the application is built.
+            # Imported here, so that building the application does not import vLLM.
             from vllm_parade.cluster import engine
             from vllm_parade.cluster.follower import Follower
 
@@ -49,14 +49,14 @@ class Replica:
             self.app = await self.running.enter_async_context(engine.serving(args))
         self.engine = self.app.state.engine_client
         self.follower = Follower(self.app.state.openai_serving_models)
-        self.loads = Counter("vllm_parade_adapter_loads", "Adapters that a replica read from their folders.")
-        self.served = Gauge("vllm_parade_adapters_served", "Adapters that a replica serves.")
+        self.loads = Counter("vllm_parade_adapter_loads", "Adapters that the replica has read from disk.")
+        self.served = Gauge("vllm_parade_adapters_served", "Adapters that the replica serves.")
         while not await self._step():
             pass
         self.following = asyncio.ensure_future(self._follow())
 
     async def _step(self) -> bool:
-        """Wait for the list's next version and apply it; returns whether all that is on it is served."""
+        """Wait for the list's next version and apply it; returns whether no adapter still waits for confirmation."""
         snapshot = await self.coordinator.poll.remote(self.name, self.follower.report)
         read = await self.follower.apply(snapshot)
         if read:
@@ -69,11 +69,11 @@ class Replica:
             try:
                 await self._step()
             except (RayError, RayServeException) as error:
-                logger.warning("The list of adapters cannot be reached, trying again: %s", error)
+                logger.warning("Cannot reach the coordinator for the list of adapters; trying again: %s", error)
                 await asyncio.sleep(RETRY_S)
 
     async def answer(self, asked: ClientRequest) -> AsyncIterator[list[Message]]:
-        """What vLLM's app sends for a request.
+        """Yield the messages that vLLM's app sends for a request.
 
         Raises:
             RuntimeError: the engine has died.
@@ -91,16 +91,16 @@ class Replica:
             yield messages
 
     async def check_health(self) -> None:
-        """Called by Serve, which replaces a replica whose engine has died, or that follows the list no more."""
+        """Called by Serve. Raises if the engine has died or the task that follows the list has failed."""
         await self.engine.check_health()
         if self.following.done():
             self.following.result()
 
     async def __del__(self) -> None:
-        """Called by Serve when it stops a replica in good order."""
+        """Called by Serve when it stops a replica gracefully."""
         if hasattr(self, "following"):
             self.following.cancel()
-            # Where nobody listens, the coordinator finds out by itself.
+            # If this fails, the coordinator detects the dead replica by itself.
             with suppress(RayError, RayServeException, TimeoutError):
                 async with asyncio.timeout(LEAVE_S):
                     await self.coordinator.leave.remote(self.name)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The routing rule as Ray Serve's request router, and its counts.
+"""The routing rule as a Ray Serve request router, with its metrics.
 
-Serve pickles this module by value into every process that sends requests: it holds nothing but the class.
+Serve pickles this module by value into every process that sends requests, so the module holds no state.
 """
 
 from collections import OrderedDict
@@ -13,40 +13,40 @@ from vllm_parade.cluster.routing import AffinityRule
 
 
 class AffinityRouter(RequestRouter):
-    """Sends a request to the replica that `AffinityRule` chooses; loads are the queue lengths that Serve keeps.
+    """Sends each request to the replica that `AffinityRule` chooses, by the queue lengths that Serve caches.
 
-    The adapter is read from the request itself: Serve's multiplexed model ids are meant for models that replicas load
-    on demand, and its router keeps a list of them that only its own strategy empties.
+    The adapter's name comes from the request, not from Serve's multiplexed model ids. Those are meant for models that
+    replicas load on demand, and only Serve's own strategy removes entries from the router's list of them.
     """
 
     def initialize_state(self, max_num_seqs: int, resident: int) -> None:
         """Called by Serve.
 
         Args:
-            max_num_seqs: requests that an engine runs at a time, vLLM's max_num_seqs
-            resident: adapters that an engine keeps on its device, --max-parades
+            max_num_seqs: vLLM's max_num_seqs, the number of requests that an engine runs at a time
+            resident: --max-parades, the number of adapters that an engine holds on its device
         """
         self.max_num_seqs, self.resident = max_num_seqs, resident
         self.rule: AffinityRule | None = None
-        # By replica, the adapters that were last sent there: those on its device, where this router is the only one.
+        # Per replica, the adapters of its most recent requests. They are on its device if this is the only router.
         self.recent: dict[str, OrderedDict[str, None]] = {}
         tags = {"application": self.app_name}
         self.routed = Counter(
             "vllm_parade_routed",
-            "Requests by where they went: the adapter's first replica (home), one of its next (spread), another one "
-            "(elsewhere), or any for the base model (base).",
+            "Requests by replica: the adapter's first one (home), one of the next in its order (spread), any other one "
+            "(elsewhere), or any one for the base model (base).",
             tag_keys=("application", "place"),
         ).set_default_tags(tags)
         self.affinity = Counter(
             "vllm_parade_affinity",
-            "Requests under an adapter by whether their replica has the adapter from earlier ones (hit) or not (miss).",
+            "Requests with an adapter whose replica recently got the same adapter (hit) or did not (miss).",
             tag_keys=("application", "result"),
         ).set_default_tags(tags)
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """The replica that gets a request, and, should it turn it down, the others by their load."""
+        """The chosen replica, then the others by load in case it rejects the request."""
         if pending_request is not None:
             pending_request.routing_context.should_backoff = True
         loads = [self.replica_queue_len_cache.get(replica.replica_id) or 0 for replica in candidate_replicas]
@@ -63,7 +63,7 @@ class AffinityRouter(RequestRouter):
         return self.rule
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: object) -> None:
-        """Called by Serve when a replica has accepted a request: count it by where it went in the end."""
+        """Called by Serve when a replica has accepted a request; counts it by that replica."""
         adapter, name = adapter_of(pending_request), replica_id.unique_id
         if adapter is None:
             self.routed.inc(tags={"place": "base"})
@@ -81,5 +81,5 @@ class AffinityRouter(RequestRouter):
 
 
 def adapter_of(pending_request: PendingRequest | None) -> str | None:
-    """Name of the adapter that a request asks for."""
+    """Name of the adapter of a request; None for the base model."""
     return getattr(pending_request.args[0], "adapter", None) if pending_request and pending_request.args else None

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which replica gets a request: one that holds its adapter, unless that one is clearly busier than the others.
+"""The routing rule: a request goes to a replica that holds its adapter, unless that replica is busy.
 
-Every adapter has the replicas in an order of its own, by rendezvous hashing of both names. A request goes to the first
-in that order that is not busy. So an adapter's requests meet where it was loaded; a hot adapter spreads to its second
-and third replica, always the same ones; and when a replica comes or goes, only adapters that had it move. The order
-needs no memory and no messages: every router of an application sends alike, and so does one that has just started.
+Each adapter has its own order of the replicas, by rendezvous hashing of both names. A request goes to the first replica
+in this order that is not busy. So an adapter's requests go to the replica that loaded it. A popular adapter spreads to
+its second and third replica, always the same ones. When a replica starts or stops, only adapters that use it move. The
+order is a pure function of the names: all routers agree without messages, including a new one.
 
-A replica is busy with `SLACK` times the mean of requests under way, or with as many as its engine runs at a time while
-the mean is below that, but never with fewer than `FREE`. Where all of an adapter's first replicas are busy, or there is
-no adapter, the less busy of two that chance picks takes the request.
+A replica is busy if it has `SLACK` times the mean number of ongoing requests. While the mean is below `max_num_seqs`,
+`max_num_seqs` requests are enough to be busy. With fewer than `FREE` requests, a replica is never busy. If the first
+`HOMES` replicas of an adapter are all busy, or a request has no adapter, the less busy of two random replicas gets it.
 """
 
 import random
@@ -21,31 +21,31 @@ from numpy.typing import NDArray
 
 SLACK = 1.25
 FREE = 4
-# Replicas an adapter may spread to before anybody takes its requests.
+# Replicas that an adapter may spread to. If all are busy, any replica may get the request.
 HOMES = 8
 CACHED_ORDERS = 1 << 17
-# A multiplier and shifts that spread 64 bits (splitmix64).
+# Multipliers and shifts of splitmix64.
 _MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 _SHIFTS = (np.uint64(30), np.uint64(27), np.uint64(31))
 
 
 class AffinityRule:
-    """The rule for a set of replicas; make a new one when the set changes.
+    """The rule for a fixed set of replicas.
 
-    Its counts tell requests with an adapter that went to the first replica of their order (`home`), to another of the
-    first `HOMES` (`spread`), or to any (`elsewhere`).
+    It counts requests with an adapter by their replica: the first in the adapter's order (`home`), another of the first
+    `HOMES` (`spread`), or a random one if those are all busy (`elsewhere`).
     """
 
     def __init__(
         self, replicas: Sequence[str], max_num_seqs: int, *, slack: float = SLACK, free: int = FREE, seed: int = 0
     ) -> None:
-        """For `replicas` by name, at least one; loads are given in their order.
-
+        """
         Args:
-            max_num_seqs: requests that a replica's engine runs at a time, vLLM's max_num_seqs
+            replicas: names, at least one; `choose` takes loads in this order
+            max_num_seqs: vLLM's max_num_seqs, the number of requests that a replica's engine runs at a time
         """
         if not replicas:
-            raise ValueError("there is no replica to send a request to")
+            raise ValueError("no replica is given; the rule needs at least one")
         self.replicas, self.max_num_seqs, self.slack, self.free = list(replicas), max_num_seqs, slack, free
         self.home = self.spread = self.elsewhere = 0
         self._hashes = np.array([_hash(name) for name in replicas], dtype=np.uint64)
@@ -53,7 +53,7 @@ class AffinityRule:
         self._order = lru_cache(maxsize=CACHED_ORDERS)(self._compute_order)
 
     def order(self, adapter: str) -> tuple[int, ...]:
-        """Places of an adapter's first replicas, at most `HOMES`, the likeliest holder first."""
+        """Indices of an adapter's first replicas in its order, at most `HOMES`."""
         return self._order(adapter)
 
     def _compute_order(self, adapter: str) -> tuple[int, ...]:
@@ -64,18 +64,18 @@ class AffinityRule:
         return tuple(best[np.argsort(scores[best])[::-1]].tolist())
 
     def capacity(self, total: int) -> float:
-        """Requests under way with which a replica is busy, where all together have `total`."""
+        """Number of ongoing requests at which a replica is busy, if all replicas together have `total`."""
         mean = total / len(self.replicas)
         busy = self.slack * mean
         return max(self.free, min(busy, self.max_num_seqs) if mean < self.max_num_seqs else busy)
 
     def choose(self, adapter: str | None, loads: Sequence[int], total: int | None = None) -> int:
-        """Place of the replica that gets a request.
+        """Index of the replica that gets a request.
 
         Args:
             adapter: name, or None for the base model
-            loads: requests under way on each replica
-            total: their sum, where the caller knows it
+            loads: number of ongoing requests of each replica
+            total: sum of `loads`, if the caller knows it
         """
         if adapter is None:
             return self._less_busy(loads)

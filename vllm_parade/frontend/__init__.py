@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a user's flag or request to what the engine core receives."""
+"""Flags, keywords, adapter loading, metrics, and requests on their way to the engine core."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which adapters the workers hold in host memory, and how an adapter gets there before its first request runs."""
+"""The adapters in the workers' host memory, and loading an adapter before its first request runs."""
 
 import asyncio
 from collections import OrderedDict
@@ -19,36 +19,40 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.parade.adapters")
 
 AdapterKey = tuple[str, str]
-# Yields a worker method and its arguments, and is sent the answers of all workers.
+# Yields a worker method and its arguments; receives the answers of all workers.
 RemoteCalls = Generator[tuple[str, tuple[Any, ...]], list[Any], None]
 
 
 class AdapterRegistry:
-    """What the front end knows of the adapters in the workers' host memory.
+    """The front end's record of the adapters in the workers' host memory.
 
-    The front end decides what is read and what is evicted for it, so that all workers do the same. An evicted adapter
-    is forgotten only when all workers have read the new one. Adapters of requests that may still run are never evicted.
+    The front end decides which adapters are loaded and evicted, so all workers hold the same ones. Workers free an
+    evicted adapter only after all of them have read the new one. Adapters of unfinished requests are never evicted.
     """
 
     def __init__(self, config: ServingConfig) -> None:
         self.config = config
         self.capacity = config.max_cpu_parades or config.least_cpu_parades
-        """Adapters that host memory may hold."""
+        """Maximum number of adapters in host memory."""
         self.lock = asyncio.Lock()
-        """Held while an adapter is loaded, so that loads follow each other."""
+        """Held during a load, so that loads run one at a time."""
         self.loads: set[asyncio.Task[None]] = set()
-        """Loads under way. asyncio itself keeps no task alive."""
+        """Running loads. asyncio keeps only weak references to tasks."""
         self.stale: set[str] = set()
-        """Content hashes that workers hold but nobody may use, until the workers have been told to forget them."""
+        """Content hashes that no request can use and that workers may still hold; freed by parade_forget."""
         self.arriving = 0
-        """Requests whose adapter is loaded, but which the engine does not count as unfinished yet."""
+        """Number of requests with a loaded adapter that the engine does not yet count as unfinished."""
         self._hashes: OrderedDict[AdapterKey, str] = OrderedDict()
         self._in_use: set[AdapterKey] = set()
         self._pinned: set[AdapterKey] = set()
 
     @classmethod
     def of(cls, input_processor: "InputProcessor") -> "AdapterRegistry":
-        """The registry of an engine, which lives on its input processor."""
+        """The registry of an engine. It is stored on the input processor and created on first use.
+
+        Raises:
+            VLLMValidationError: PARADE is not enabled.
+        """
         registry = getattr(input_processor, "parade_registry", None)
         if registry is None:
             config = ServingConfig.from_vllm_config(input_processor.vllm_config)
@@ -61,14 +65,18 @@ class AdapterRegistry:
         return registry
 
     def content_hash(self, request: ParadeRequest) -> str:
-        """Content hash of a resident adapter."""
+        """Content hash of a resident adapter.
+
+        Raises:
+            VLLMValidationError: the adapter is not resident.
+        """
         key = key_of(request)
         if key not in self._hashes:
             raise VLLMValidationError(f"adapter {request.parade_name!r} ({request.parade_path}) is not loaded")
         return self._hashes[key]
 
     def keep_in_use(self, keys: Collection[AdapterKey]) -> None:
-        """Mark only these adapters as used by requests that may still run."""
+        """Mark these adapters, and no others, as used by unfinished requests."""
         self._in_use = self._hashes.keys() & keys
 
     def use(self, request: ParadeRequest) -> bool:
@@ -81,14 +89,14 @@ class AdapterRegistry:
         return False
 
     def has_room(self) -> bool:
-        """Whether one more adapter fits, if need be by evicting one that is neither in use nor pinned."""
+        """Whether one more adapter fits, possibly after evicting one that is neither in use nor pinned."""
         return self._num_excess() <= len(self._evictable())
 
     def load(self, request: ParadeRequest) -> RemoteCalls:
-        """Make an adapter resident and in use: the remote calls that this takes.
+        """Yield the remote calls that load an adapter; then mark it as resident and in use.
 
         Raises:
-            VLLMValidationError: there is no room, or the adapter cannot be used; nothing has changed.
+            VLLMValidationError: there is no room, or a worker cannot use the adapter. The resident adapters stay.
         """
         if not self.has_room():
             raise VLLMValidationError(
@@ -105,11 +113,11 @@ class AdapterRegistry:
                 self.stale.clear()
 
     def pin(self, request: ParadeRequest) -> None:
-        """Keep an adapter until it is unpinned."""
+        """Exclude an adapter from eviction until it is unpinned."""
         self._pinned.add(key_of(request))
 
     def unpin(self, request: ParadeRequest) -> None:
-        """Let an adapter be evicted when its requests have ended. An adapter that is not pinned stays as it is."""
+        """Allow eviction of an adapter once its requests have ended. Does nothing if it is not pinned."""
         self._pinned.discard(key_of(request))
 
     def _num_excess(self) -> int:
@@ -139,12 +147,12 @@ class AdapterRegistry:
 
 
 def key_of(request: ParadeRequest) -> AdapterKey:
-    """What makes two requests ask for the same adapter."""
+    """Key of a request's adapter: name and path."""
     return request.parade_name, request.parade_path
 
 
 def run(calls: RemoteCalls, collective_rpc: Callable[..., list[Any]]) -> None:
-    """Make remote calls one after the other."""
+    """Make the remote calls one after the other."""
     method, args = next(calls)
     try:
         while True:
@@ -154,13 +162,13 @@ def run(calls: RemoteCalls, collective_rpc: Callable[..., list[Any]]) -> None:
 
 
 async def ensure_loaded(engine: "AsyncLLM", request: ParadeRequest) -> None:
-    """Make sure that the workers hold an adapter, and mark it as in use.
+    """Load an adapter on the workers if it is not resident, and mark it as in use.
 
-    A client that goes away cancels its own wait and not the load: else workers would hold an adapter that the registry
-    does not know.
+    If the client disconnects, the load continues. A cancelled load could leave an adapter in the workers that the
+    registry does not know.
 
     Raises:
-        VLLMValidationError: the adapter cannot be used; what was loaded before stays.
+        VLLMValidationError: there is no room, or a worker cannot use the adapter. The resident adapters stay.
     """
     registry = AdapterRegistry.of(engine.input_processor)
     load = asyncio.ensure_future(_load(engine, registry, request))

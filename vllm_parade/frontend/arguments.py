@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PARADE's flags on the command line and keywords of `LLM(...)`, both folded into `additional_config["parade"]`.
+"""PARADE's command-line flags and keywords of `LLM(...)`, both stored in `additional_config["parade"]`.
 
-`EngineArgs` takes no fields from plugins, and server processes that are spawned receive the parsed flags before they
-load any plugin: `additional_config` is the field that reaches all of them.
+`EngineArgs` takes no fields from plugins, and spawned server processes receive the parsed flags before they load any
+plugin. The field `additional_config` reaches all of them.
 """
 
 import argparse
@@ -15,15 +15,16 @@ from vllm_parade.adapter.config import SITES
 from vllm_parade.config import CONFIG_KEY, ServingConfig, ServingConfigError, flag_name
 
 KNOBS = tuple(field.name for field in fields(ServingConfig))
-# Marks knobs that came from a command line, whose errors end the process with one line instead of a traceback.
+# Marks options from a command line: their errors end the process with one line instead of a traceback.
 COMMAND_LINE = "command_line"
 
 
 def accept_keywords(wrapped: Callable[..., None], instance: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Wraps EngineArgs.__init__: take PARADE's keywords out and fold them into `additional_config`."""
+    """Wraps EngineArgs.__init__: move PARADE's keywords into `additional_config`."""
     given = {name: kwargs.pop(name) for name in KNOBS if name in kwargs}
     if given:
-        # This seam is installed as soon as vllm_parade is imported; on another vLLM nothing would read the keywords.
+        # This seam is installed on import, before any version check. On an unsupported vLLM, the keywords would be
+        # ignored.
         version = compat.installed_version()
         if not compat.is_supported(version):
             raise ServingConfigError(compat.unsupported_message(version))
@@ -52,7 +53,7 @@ def _fold(namespace: argparse.Namespace, knobs: dict[str, Any]) -> None:
 
 
 class _MergeAdditionalConfig(argparse.Action):
-    """Let `--additional-config`, wherever it stands, keep what PARADE's flags have folded in."""
+    """Makes `--additional-config` keep the values of PARADE's flags, in any order of flags."""
 
     def __call__(
         self,
@@ -69,13 +70,13 @@ class _MergeAdditionalConfig(argparse.Action):
 
 def add_flags(wrapped: Callable[..., Any], instance: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Wraps EngineArgs.add_cli_args: add the ParadeConfig group."""
-    # This module is imported while vLLM's own configuration is.
+    # Imported here, because this module may be imported while vllm.config is still being imported.
     from vllm.config.utils import get_attr_docs
 
     parser = wrapped(*args, **kwargs)
     group = parser.add_argument_group(
         title="ParadeConfig",
-        description="Serve PARADE adapters (prompt-aware representation adjustment) beside the base model.",
+        description="Serve PARADE adapters (prompt-aware representation adjustment) together with the base model.",
     )
     options: dict[str, dict[str, Any]] = {
         "enable_parade": {"nargs": 0},

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests of the offline engine, `LLMEngine`: load the adapter first, or hold the request until there is room for it.
+"""Requests of the offline engine, `LLMEngine`: load the adapter first, or hold the request until it fits.
 
-`LLM.generate` adds all its requests before the engine's first step. Where they name more adapters than host memory
-holds, the requests that find no room are held here. vLLM does not know them yet, but counts them as unfinished.
+`LLM.generate` adds all its requests before the engine's first step. If they use more adapters than fit into host
+memory, the requests without room are held here. They are not in the engine yet, but count as unfinished.
 """
 
 from collections import deque
@@ -23,30 +23,34 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Call:
-    """A call of LLMEngine.add_request that has not been made yet."""
+    """A pending call of LLMEngine.add_request."""
 
     wrapped: Callable[..., str]
     args: tuple
     kwargs: dict[str, Any]
 
     def argument(self, name: str) -> Any:
-        """An argument of the call; None if it was left out."""
+        """An argument of the call. None if the caller left it out."""
         return argument(self.wrapped, self.args, self.kwargs, name)
 
 
 class HeldRequests:
-    """The requests under adapters of one engine: those that run, and those that wait for room in host memory."""
+    """An engine's requests with adapters: those in the engine, and those held until their adapter fits."""
 
     def __init__(self, engine: "LLMEngine") -> None:
         self.engine = engine
         self.registry = AdapterRegistry.of(engine.input_processor)
         self.running: dict[str, AdapterKey] = {}
         self.held: deque[Call] = deque()
-        # Unfinished requests when it was last found that no more fit: until one ends there is nothing to try.
+        # Number of unfinished requests after the last attempt. Until one of them ends, no held request fits.
         self.unfinished_when_full = 0
 
     def add(self, call: Call) -> str:
-        """Add a request to the engine, or hold it. Returns its id."""
+        """Add a request to the engine, or hold it. Returns the request id.
+
+        Raises:
+            VLLMValidationError: the adapter cannot be used.
+        """
         if not self.held:
             self._update_in_use()
         request_id = self._start(call)
@@ -56,11 +60,11 @@ class HeldRequests:
         return request_id or call.argument("request_id")
 
     def release(self) -> None:
-        """Add the requests for which there is room now.
+        """Add the held requests whose adapters fit now.
 
         Raises:
-            VLLMValidationError: an adapter has changed on disk since its request was held. Nothing runs any more, so
-                that no later call gets answers of this one.
+            VLLMValidationError: an adapter has changed on disk since its request was held. All requests are aborted,
+                so that no later call gets answers of this one.
         """
         unfinished = self.engine.output_processor.external_req_ids
         if unfinished and len(unfinished) == self.unfinished_when_full:
@@ -78,7 +82,7 @@ class HeldRequests:
         self.unfinished_when_full = len(unfinished)
 
     def _start(self, call: Call) -> str | None:
-        """Add a request to the engine. None if its adapter finds no room, or others have waited longer for it."""
+        """Add a request to the engine. None if its adapter does not fit, or if requests held earlier still wait."""
         request = call.argument("lora_request")
         if not self.registry.use(request):
             if self.held or not self.registry.has_room():
@@ -89,12 +93,12 @@ class HeldRequests:
         return request_id
 
     def drop(self, request_ids: Sequence[str]) -> None:
-        """Forget held requests."""
+        """Remove held requests."""
         self.held = deque(call for call in self.held if call.argument("request_id") not in request_ids)
 
     @property
     def num_held(self) -> int:
-        """Answers that held requests wait for, as vLLM counts them: `n` of each."""
+        """Number of held requests as vLLM counts them: `n` per request."""
         return sum(getattr(call.argument("params"), "n", 1) for call in self.held)
 
     def _update_in_use(self) -> None:
@@ -103,7 +107,7 @@ class HeldRequests:
         self.registry.keep_in_use(set(self.running.values()))
 
     def _check(self, request: ParadeRequest) -> None:
-        """Refuse a bad adapter now and not when its turn comes."""
+        """Refuse a bad adapter when its request is added, not when the request is released."""
         config = self.registry.config
         shape = BaseModelShape.from_hf_config(self.engine.vllm_config.model_config.hf_text_config)
         try:
@@ -113,12 +117,12 @@ class HeldRequests:
 
 
 def _requests(engine: "LLMEngine") -> HeldRequests | None:
-    """None for an engine that has seen no request under an adapter."""
+    """The engine's held requests. None before its first request with an adapter."""
     return getattr(engine, "parade_requests", None)
 
 
 def add_request(wrapped: Callable[..., str], instance: "LLMEngine", args: tuple, kwargs: dict[str, Any]) -> str:
-    """Wraps LLMEngine.add_request: load the request's adapter first, or hold the request until there is room."""
+    """Wraps LLMEngine.add_request: load the request's adapter first, or hold the request until it fits."""
     call = Call(wrapped, args, kwargs)
     if not isinstance(call.argument("lora_request"), ParadeRequest):
         return wrapped(*args, **kwargs)
@@ -129,7 +133,7 @@ def add_request(wrapped: Callable[..., str], instance: "LLMEngine", args: tuple,
 
 
 def step(wrapped: Callable[..., Any], instance: "LLMEngine", args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Wraps LLMEngine.step: first add the held requests for which there is room now."""
+    """Wraps LLMEngine.step: first add the held requests whose adapters fit now."""
     requests = _requests(instance)
     if requests is not None and requests.held:
         requests.release()
@@ -139,7 +143,7 @@ def step(wrapped: Callable[..., Any], instance: "LLMEngine", args: tuple, kwargs
 def has_unfinished_requests(
     wrapped: Callable[..., bool], instance: "LLMEngine", args: tuple, kwargs: dict[str, Any]
 ) -> bool:
-    """Wraps LLMEngine.has_unfinished_requests: held requests are unfinished."""
+    """Wraps LLMEngine.has_unfinished_requests: count held requests as unfinished."""
     requests = _requests(instance)
     return wrapped(*args, **kwargs) or (requests is not None and bool(requests.held))
 
@@ -147,13 +151,13 @@ def has_unfinished_requests(
 def get_num_unfinished_requests(
     wrapped: Callable[..., int], instance: "LLMEngine", args: tuple, kwargs: dict[str, Any]
 ) -> int:
-    """Wraps LLMEngine.get_num_unfinished_requests: held requests are unfinished."""
+    """Wraps LLMEngine.get_num_unfinished_requests: count held requests as unfinished."""
     requests = _requests(instance)
     return wrapped(*args, **kwargs) + (0 if requests is None else requests.num_held)
 
 
 def abort_request(wrapped: Callable[..., None], instance: "LLMEngine", args: tuple, kwargs: dict[str, Any]) -> None:
-    """Wraps LLMEngine.abort_request: held requests are dropped."""
+    """Wraps LLMEngine.abort_request: remove held requests too."""
     requests = _requests(instance)
     if requests is not None and requests.held:
         requests.drop(argument(wrapped, args, kwargs, "request_ids"))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one choke point of all requests, offline and online: here a ParadeRequest becomes what the engine core reads."""
+"""Turns a ParadeRequest into an instruction for the engine core. All requests pass here, offline and online."""
 
 import hashlib
 import uuid
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreRequest
     from vllm.v1.engine.input_processor import InputProcessor
 
-# Nobody can name it: a client's own cache_salt must not lead to what another computed under an adapter.
+# Secret, so that a client's own cache_salt cannot match the salt of keys and values under another tenant's adapter.
 _SECRET = uuid.uuid4().hex
 
 
 def process_inputs(
     wrapped: Callable[..., "EngineCoreRequest"], instance: "InputProcessor", args: tuple, kwargs: dict[str, Any]
 ) -> "EngineCoreRequest":
-    """Wraps InputProcessor.process_inputs: give the engine core's request its instruction and its own KV cache."""
+    """Wraps InputProcessor.process_inputs: set the request's instruction and its cache salt."""
     parade_request = argument(wrapped, args, kwargs, "lora_request")
     if ServingConfig.from_vllm_config(instance.vllm_config).enable_parade:
         _refuse_forged(argument(wrapped, args, kwargs, "params"))
@@ -38,15 +38,15 @@ def process_inputs(
     request = wrapped(*args, **kwargs)
     instruction = _instruction(instance, request, parade_request, adapter)
     params = request.sampling_params
-    # A fresh dict: copies of the parameters (n > 1, callers that reuse them) share the old one.
+    # A new dict, because copies of the parameters share the old one (n > 1, callers that reuse them).
     params.extra_args = {**(params.extra_args or {}), EXTRA_ARGS_KEY: instruction.to_extra_args()}
-    # Keys and values under an adapter depend on the whole instruction: only requests with the same one may reuse them.
+    # Keys and values under an adapter depend on the whole instruction. Only requests with the same one may reuse them.
     request.cache_salt = f"parade:{_SECRET}:{adapter}:{instruction.digest}:{request.cache_salt or ''}"
     return request
 
 
 def _refuse_forged(params: Any) -> None:
-    """A client's `vllm_xargs` become extra_args as they are: nobody may write the plan of another tenant's row."""
+    """Refuse a client's own instruction: `vllm_xargs` becomes extra_args, and could select another tenant's row."""
     if EXTRA_ARGS_KEY in (getattr(params, "extra_args", None) or {}):
         raise VLLMValidationError(
             f"{EXTRA_ARGS_KEY!r} is not a sampling argument; name the adapter as the request's model",
@@ -61,10 +61,10 @@ def _instruction(
     if request.sampling_params is None or request.prompt_token_ids is None:
         raise VLLMValidationError(f"adapter {name!r} applies to text generation from tokens only")
     if request.prompt_embeds is not None or request.mm_features:
-        # Behind equal placeholder tokens two tenants' embeddings differ, and with them the vectors that they need.
+        # Vectors are cached by tokens, but equal placeholder tokens can stand for different embeddings.
         raise VLLMValidationError(
-            f"the prompt holds embeddings, but adapter {name!r} finds what it has read by its tokens; "
-            "send the prompt as text or tokens, or ask the base model",
+            f"the prompt has embeddings, but vectors of adapter {name!r} are cached by token ids; "
+            "send the prompt as text or tokens, or use the base model",
             parameter="prompt_embeds",
         )
     prompt_tokens = len(request.prompt_token_ids)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scheduler's counts in /metrics, in `LLM.get_metrics` and in the log."""
+"""The scheduler's row counts in /metrics, in `LLM.get_metrics` and in the log."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -22,28 +22,28 @@ logger = init_logger("vllm.parade.metrics")
 
 LABELS = ["model_name", "engine"]
 DOCUMENTATION = {
-    "hits": "Requests under an adapter that found a row with their vectors, so that no generator ran.",
-    "misses": "Requests under an adapter whose instruction was read by a generator.",
-    "evictions": "Rows with vectors that were overwritten for another instruction.",
+    "hits": "Requests under an adapter whose vectors were in a row, so that no generator ran.",
+    "misses": "Requests under an adapter for which the generators ran.",
+    "evictions": "Cached rows that were overwritten for another instruction.",
 }
 
 
 def add_stat_logger(
     wrapped: Callable[..., None], instance: "StatLoggerManager", args: tuple, kwargs: dict[str, Any]
 ) -> None:
-    """Wraps StatLoggerManager.__init__: where PARADE is enabled, a stat logger of its own comes last."""
+    """Wraps StatLoggerManager.__init__: if PARADE is enabled, append its stat logger."""
     wrapped(*args, **kwargs)
     vllm_config = argument(wrapped, args, kwargs, "vllm_config")
     if ServingConfig.from_vllm_config(vllm_config).enable_parade:
-        # Not before vLLM's own: making its Prometheus logger takes every collector named vllm: off the registry.
-        # That also keeps a second engine in one process from registering ours twice.
-        # Its own may count for Ray's exporter instead: then ours do too.
+        # Created after vLLM's loggers: on creation, vLLM's Prometheus logger unregisters every collector named vllm:*.
+        # So a second engine in one process does not register these counters twice.
+        # vLLM's counter class may be the one for Ray's exporter. Use the same class.
         counters = [one._counter_cls for one in instance.stat_loggers if hasattr(one, "_counter_cls")]
         instance.stat_loggers.append(ParadeStatLogger(vllm_config, instance.engine_indexes, *counters[:1]))
 
 
 class ParadeStatLogger(AggregateStatLoggerBase):
-    """Row counts as Prometheus counters beside vLLM's, and as a line after vLLM's periodic one."""
+    """Exports row counts as Prometheus counters, and logs them after vLLM's periodic line."""
 
     def __init__(self, vllm_config: "VllmConfig", engine_indexes: list[int], counter: Any = Counter) -> None:
         model_name = vllm_config.model_config.served_model_name
@@ -52,7 +52,7 @@ class ParadeStatLogger(AggregateStatLoggerBase):
             name: create_metric_per_engine(counter(f"vllm:{PREFIX}{name}", text, LABELS), labels)
             for name, text in DOCUMENTATION.items()
         }
-        # By engine, as last recorded and as of the last line in the log.
+        # By engine: the last recorded counts, and those at the last log line.
         self.recorded = dict.fromkeys(engine_indexes, RowCounts())
         self.logged = dict(self.recorded)
 
@@ -63,9 +63,9 @@ class ParadeStatLogger(AggregateStatLoggerBase):
         mm_cache_stats: Any = None,
         engine_idx: int = 0,
     ) -> None:
-        """Take note of one step of an engine."""
+        """Record the counts of one engine step."""
         counts = None if scheduler_stats is None else RowCounts.of(scheduler_stats)
-        # Most steps change nothing: decoding needs no row that the request does not hold.
+        # Steps that only decode leave the counts unchanged.
         if counts is None or counts == self.recorded[engine_idx]:
             return
         for name, value in vars(counts - self.recorded[engine_idx]).items():
@@ -73,7 +73,7 @@ class ParadeStatLogger(AggregateStatLoggerBase):
         self.recorded[engine_idx] = counts
 
     def log(self) -> None:
-        """Write what was counted since the last line, if anything was."""
+        """Log the counts since the last line. Without hits and misses, log nothing."""
         for engine_idx, counts in self.recorded.items():
             new = counts - self.logged[engine_idx]
             asked = new.hits + new.misses
@@ -83,4 +83,4 @@ class ParadeStatLogger(AggregateStatLoggerBase):
         self.logged = dict(self.recorded)
 
     def log_engine_initialized(self) -> None:
-        """Nothing to tell yet."""
+        """Required by vLLM; logs nothing."""

@@ -13,12 +13,12 @@ KEYWORD = "parade_request"
 
 
 def generate(wrapped: Callable[..., Any], instance: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Wraps LLM.generate, enqueue and chat: let `parade_request` travel where a LoRARequest would."""
+    """Wraps LLM.generate, enqueue and chat: pass `parade_request` on as `lora_request`."""
     return _called(wrapped, args, _with_adapter(wrapped, args, kwargs))
 
 
 def beam_search(wrapped: Callable[..., Any], instance: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Wraps LLM.beam_search: as `generate`, and every prompt keeps its own instruction through all steps."""
+    """Wraps LLM.beam_search: as `generate`. All steps of a prompt use the instruction of its first step."""
     if kwargs.get(KEYWORD) is None:
         return generate(wrapped, instance, args, kwargs)
     kwargs = _with_adapter(wrapped, args, kwargs)
@@ -30,7 +30,7 @@ def beam_search(wrapped: Callable[..., Any], instance: Any, args: tuple, kwargs:
 
 
 def _called(wrapped: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
-    """What vLLM finds wrong with the adapters is told under the name that the caller gave them."""
+    """Call the wrapped method. In its errors about adapters, replace `lora_request` by `parade_request`."""
     try:
         return wrapped(*args, **kwargs)
     except VLLMValidationError as error:

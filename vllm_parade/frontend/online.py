@@ -17,10 +17,9 @@ if TYPE_CHECKING:
 async def init_static_loras(
     wrapped: Callable[..., Any], instance: "OpenAIServingModels", args: tuple, kwargs: dict[str, Any]
 ) -> None:
-    """Wraps OpenAIServingModels.init_static_loras: load --parade-modules and list them beside LoRA's names.
+    """Wraps OpenAIServingModels.init_static_loras: load --parade-modules and add them to `lora_requests`.
 
-    /v1/models, the check of a request's model, 404 for unknown names, chat, completions and beam search all read that
-    one list.
+    /v1/models, the check of a request's model (404 for unknown names), chat, completions and beam search read this map.
     """
     await wrapped(*args, **kwargs)
     engine = instance.engine_client
@@ -34,7 +33,7 @@ async def init_static_loras(
 async def beam_search(
     wrapped: Callable[..., AsyncGenerator[Any, None]], instance: Any, args: tuple, kwargs: dict[str, Any]
 ) -> AsyncGenerator[Any, None]:
-    """Wraps BeamSearchOnlineMixin.beam_search: later steps keep the original prompt as their instruction."""
+    """Wraps BeamSearchOnlineMixin.beam_search: all steps use the instruction of the first step."""
     request = argument(wrapped, args, kwargs, "lora_request")
     if isinstance(request, ParadeRequest):
         if "lora_request" not in kwargs:

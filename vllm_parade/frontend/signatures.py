@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arguments of wrapped methods, by name, whether the caller passed them by position or by keyword."""
+"""Read and replace arguments of wrapped methods by name, whether passed by position or by keyword."""
 
 import inspect
 from collections.abc import Callable
@@ -9,12 +9,12 @@ from typing import Any
 
 @lru_cache(maxsize=64)
 def _position(function: Callable[..., Any], name: str) -> int:
-    # The first parameter is self, which the arguments of a wrapped method lack.
+    # The arguments of a wrapped method do not include self, the first parameter.
     return list(inspect.signature(function).parameters).index(name) - 1
 
 
 def argument(wrapped: Any, args: tuple, kwargs: dict[str, Any], name: str) -> Any:
-    """The value of a wrapped method's argument; None if the caller left it out."""
+    """The value of a wrapped method's argument. None if the caller left it out."""
     if name in kwargs:
         return kwargs[name]
     position = _position(wrapped.__func__, name)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Before an engine starts: read the knobs, refuse what cannot be served rightly, choose scheduler and worker."""
+"""Before an engine starts: read the options, refuse unsupported configurations, choose scheduler and worker."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.parade.startup")
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-# The part of the machine's memory that adapters may take unless --max-cpu-parades says otherwise: an eighth.
+# By default, adapters may take an eighth of the machine's memory.
 HOST_MEMORY_SHARE = 8
-# Drafts that tests have shown to change no token.
+# Methods for which tests show that drafting changes no token.
 SPECULATIVE_METHODS = ("ngram", "draft_model")
 SCHEDULERS = {False: "vllm_parade.scheduler.ParadeScheduler", True: "vllm_parade.scheduler.ParadeAsyncScheduler"}
 WORKERS = {
@@ -47,13 +47,13 @@ WORKERS = {
 def create_engine_config(
     wrapped: Callable[..., "VllmConfig"], instance: "EngineArgs", args: tuple, kwargs: dict[str, Any]
 ) -> "VllmConfig":
-    """Wraps EngineArgs.create_engine_config: set an engine up for PARADE, or leave it alone."""
+    """Wraps EngineArgs.create_engine_config: set up an engine for PARADE if it is enabled."""
     additional = instance.additional_config or {}
     if CONFIG_KEY not in additional:
         return wrapped(*args, **kwargs)
     values = dict(additional[CONFIG_KEY])
     command_line = values.pop(COMMAND_LINE, False)
-    # Names and paths of adapters must not enter vLLM's hash of the config; `_enable` puts back what must.
+    # Adapters' names and paths must not enter vLLM's config hash. `_enable` adds the entries that must.
     instance.additional_config = {key: value for key, value in additional.items() if key != CONFIG_KEY}
     try:
         config = ServingConfig.from_dict(values)
@@ -101,7 +101,7 @@ def _with_host_capacity(config: ServingConfig, vllm_config: "VllmConfig") -> Ser
 
 
 def _check_names(vllm_config: "VllmConfig", config: ServingConfig, served_names: list[str]) -> None:
-    """The model's config knows the first of its names only, but clients get the base model under any of them."""
+    """Refuse adapters named like the base model. The model config has only the first of its served names."""
     for module in config.parade_modules:
         if module.name in (vllm_config.model_config.served_model_name, *served_names):
             raise ServingConfigError(
@@ -110,7 +110,7 @@ def _check_names(vllm_config: "VllmConfig", config: ServingConfig, served_names:
 
 
 def _check_modules(vllm_config: "VllmConfig", config: ServingConfig) -> None:
-    """Read every static adapter once, so that a bad one is one clear line before minutes of loading the model."""
+    """Read every adapter of --parade-modules, so that a bad one fails before the model is loaded."""
     shape = BaseModelShape.from_hf_config(vllm_config.model_config.hf_text_config)
     with _one_thread():
         for module in config.parade_modules:
@@ -119,8 +119,8 @@ def _check_modules(vllm_config: "VllmConfig", config: ServingConfig) -> None:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Keep PyTorch from starting OpenMP threads: on GPUs vLLM forks its engine next, and a fork of a process that has
-    them hangs in its first parallel operation."""
+    """Keep PyTorch from starting OpenMP threads. On GPUs, vLLM then forks its engine; a fork of a process with OpenMP
+    threads hangs in its first parallel operation."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -130,10 +130,10 @@ def _one_thread() -> Iterator[None]:
 
 
 def refuse_unsupported(vllm_config: "VllmConfig") -> None:
-    """Refuse what would give wrong answers.
+    """Refuse configurations that could give wrong answers.
 
     Raises:
-        ServingConfigError: names the flag, the reason and what to do.
+        ServingConfigError: names the flag, the reason and the remedy.
     """
     for flag, wanted, reason in _unsupported(vllm_config):
         if wanted:
@@ -143,16 +143,16 @@ def refuse_unsupported(vllm_config: "VllmConfig") -> None:
 def _unsupported(vllm_config: "VllmConfig") -> list[tuple[str, bool, str]]:
     model, parallel, scheduler = vllm_config.model_config, vllm_config.parallel_config, vllm_config.scheduler_config
     compilation, speculative = vllm_config.compilation_config, vllm_config.speculative_config
-    # What vLLM builds, whatever the model's own config names: --model-impl can ask for another class.
+    # The class that vLLM builds. --model-impl can select another one than the model's config names.
     architecture = model.architecture
     environment = {name: os.environ.get(name, "0") not in ("", "0") for name in os.environ}
     return [
         (
             f"model architecture {architecture}",
             architecture not in ARCHITECTURES or model.is_encoder_decoder,
-            f"supported are {', '.join(ARCHITECTURES)}, in vLLM's own implementation",
+            f"supported are {', '.join(ARCHITECTURES)}, each in vLLM's own implementation",
         ),
-        ("--runner pooling", model.runner_type == "pooling", "pooling models generate nothing"),
+        ("--runner pooling", model.runner_type == "pooling", "pooling models generate no text"),
         (
             "VLLM_USE_RUST_FRONTEND",
             environment.get("VLLM_USE_RUST_FRONTEND", False),
@@ -177,7 +177,7 @@ def _unsupported(vllm_config: "VllmConfig") -> list[tuple[str, bool, str]]:
         (
             "--enable-dbo" if parallel.enable_dbo else f"--ubatch-size {parallel.ubatch_size}",
             bool(parallel.use_ubatching),
-            "vectors are looked up by token position, and micro-batches start counting anew; drop it",
+            "vectors are looked up by token position, and micro-batches count positions from 0; drop it",
         ),
         (
             "--prefill-context-parallel-size",
@@ -187,59 +187,59 @@ def _unsupported(vllm_config: "VllmConfig") -> list[tuple[str, bool, str]]:
         (
             "--data-parallel-size",
             parallel.data_parallel_size > 1,
-            "adapters cannot be loaded on all engines safely; start one server a replica",
+            "adapters cannot be loaded safely on all engines; start one server per replica",
         ),
         (
             "--api-server-count",
             parallel._api_process_count > 1,
-            "one front end must know all adapters that the workers hold; leave it at 1",
+            "one front end must know all adapters in the workers' host memory; leave it at 1",
         ),
         (
             "--speculative-config with --pipeline-parallel-size",
             speculative is not None and parallel.pipeline_parallel_size > 1,
-            "not tried yet; drop one of them",
+            "not tested; drop one of them",
         ),
         (
             "--kv-transfer-config",
             vllm_config.kv_transfer_config is not None,
-            "a prompt's vectors would not travel with its keys and values",
+            "a prompt's vectors would not be transferred with its keys and values; drop it",
         ),
         (
             "sequence parallelism (compilation_config.pass_config.enable_sp)",
             bool(getattr(compilation.pass_config, "enable_sp", False)),
-            "vectors are looked up by token position, which it cuts up",
+            "vectors are looked up by token position, and it splits up the positions; disable it",
         ),
         (
             f"{OVERRIDE}=reference",
             current_platform.is_cuda()
             and compilation.cudagraph_mode.has_piecewise_cudagraphs()
             and not use_kernels("cuda"),
-            "graphs cannot hold the reference generator; unset it, or add --enforce-eager",
+            "CUDA graphs cannot capture the reference generator; unset it, or add --enforce-eager",
         ),
         (
             f"cudagraph_mode {compilation.cudagraph_mode}",
             _captures_prompts(compilation),
-            "graphs of steps that read prompts hold no generator; use FULL_AND_PIECEWISE or PIECEWISE",
+            "its graphs of steps with prompts contain no generators; use FULL_AND_PIECEWISE or PIECEWISE",
         ),
         (
             "--enable-sleep-mode",
             bool(getattr(model, "enable_sleep_mode", False)),
-            "vectors of waiting requests would be lost",
+            "the vectors of waiting requests would be lost; drop it",
         ),
         (
             "--long-prefill-token-threshold",
             scheduler.long_prefill_token_threshold > 0,
-            "it cuts prompts, and a PARADE prompt must pass whole; set it to 0",
+            "it splits prompts, and an adapter must read a whole prompt in one step; set it to 0",
         ),
         (
             "--scheduler-cls",
             scheduler.scheduler_cls is not None,
-            "PARADE brings its own scheduler class; drop it",
+            "PARADE sets its own scheduler class; drop the flag",
         ),
         (
             f"--worker-cls {parallel.worker_cls}",
             parallel.worker_cls not in WORKERS,
-            f"PARADE brings its own worker class for {', '.join(WORKERS)}; drop it",
+            f"PARADE replaces only the classes {', '.join(WORKERS)}; drop the flag",
         ),
     ]
 

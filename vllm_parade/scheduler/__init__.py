@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Vector rows, adapter slots, and the rule that an instruction passes whole."""
+"""Vector rows, adapter slots, and the rule that a whole instruction runs in one step."""
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -16,4 +16,4 @@ class ParadeScheduler(ParadeSchedulerMixin, Scheduler):
 
 
 class ParadeAsyncScheduler(ParadeSchedulerMixin, AsyncScheduler):
-    """vLLM's asynchronous scheduler, which plans a step before the one before it has run, with vector rows."""
+    """vLLM's asynchronous scheduler with vector rows. It plans a step before the previous one has run."""

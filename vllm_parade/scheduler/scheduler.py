@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What PARADE adds to vLLM's scheduler.
+"""PARADE's extension of vLLM's scheduler.
 
 A request's vectors are generated from whole instructions, layer by layer, while an instruction passes through the
 model. An instruction whose vectors no row holds is therefore scheduled whole, in one step, and the prefix cache counts
@@ -37,24 +37,23 @@ if TYPE_CHECKING:
 else:
     Base = object
 
-# Steps in which an instruction may find no room before running requests make some.
+# Number of steps without room for an instruction after which running requests get fewer tokens.
 PATIENCE = 4
 
 
 class ParadeSchedulerMixin(Base):
-    """Mixed into vLLM's schedulers; owns the vector rows and the adapter slots."""
+    """Mixin for vLLM's schedulers. Owns the vector rows and the adapter slots."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         config = ServingConfig.from_vllm_config(self.vllm_config)
         self.rows = RowCache(config.num_rows(self.scheduler_config.max_num_seqs))
         self.slots = SlotCache(config.max_parades)
-        # An adapter that has a slot joins a step while slots last. One that must be copied into a slot first joins
-        # while half of them are left: the other half is filled while the step runs, so only the first step of a
-        # burst waits for its copies.
+        # A step admits adapters without a slot only until it uses half of the slots. The other half is filled for later
+        # steps while this step runs. So with many new adapters, only the first step waits for copies.
         self.max_cold_adapters_per_step = max(1, config.max_parades // 2)
         self.step_adapters: set[str] = set()
-        # Requests that may read an instruction in this step; only those that are running by then do.
+        # The last candidate to read each instruction in this step. It reads the instruction only if vLLM schedules it.
         self.step_readers: dict[InstructionKey, Request] = {}
         # The next instructions, by turn, that requests running in this step read in later steps.
         self.step_ahead: list[tuple[int, InstructionKey]] = []
@@ -62,18 +61,18 @@ class ParadeSchedulerMixin(Base):
         self.spare_rows = 0
         # Rows of running requests that compute their last turn.
         self.settled: dict[str, int] = {}
-        # The first request whose instruction found no room, and in how many steps.
+        # The first request whose instruction found no room, and in how many steps it found none.
         self.squeezed: Request | None = None
         self.squeezed_steps = 0
         self.step_squeezed: Request | None = None
-        # Tokens of this step that running requests may take, drafting slots included; None for no limit.
+        # Tokens, drafting slots included, that running requests may still take in this step. None means no limit.
         self.share: int | None = None
         self.drafting = drafting_slots(self.vllm_config)
         # Prompt tokens before a first turn that were found in the prefix cache.
         self.shared_base_tokens = 0
 
     def schedule(self, *args: Any, **kwargs: Any) -> "SchedulerOutput":
-        """Plan a step; the adapters that read instructions in it must fit on the device together."""
+        """Plan a step. The adapters that read instructions in it must fit into the slots together."""
         self.step_adapters.clear()
         self.step_readers.clear()
         self.step_ahead.clear()
@@ -83,10 +82,10 @@ class ParadeSchedulerMixin(Base):
         self.share = self._share_of_running()
         output = super().schedule(*args, **kwargs)
         if self.step_squeezed is None and self.waiting and self._is_full(output):
-            # vLLM did not look at any waiting request.
+            # The step was full before vLLM considered a waiting request.
             self.step_squeezed = self.waiting.peek_request()
         if self.share is not None:
-            # If something else than room was missing, the others do not wait for it in the next step again.
+            # If the request lacked something other than tokens, running requests must not stop again in the next step.
             self.squeezed, self.squeezed_steps = None, 0
         elif self.step_squeezed is not None:
             again = self.step_squeezed is self.squeezed
@@ -113,12 +112,12 @@ class ParadeSchedulerMixin(Base):
         return step_tokens(self.vllm_config) - unread if unread else None
 
     def _admits_requests(self) -> bool:
-        """Whether vLLM lets waiting requests start in the next step: its own two conditions."""
+        """Whether vLLM admits waiting requests in the next step. These are vLLM's own two conditions."""
         num_running = len(self.running) + self.num_waiting_for_streaming_input
         return self.pause_state == PauseState.UNPAUSED and num_running < self.max_num_active_reqs
 
     def _is_full(self, output: "SchedulerOutput") -> bool:
-        """Whether a step has no token left, of those that are scheduled or of those that the model takes as input."""
+        """Whether a step has no tokens left to schedule, or the model's input has no room left."""
         tokens = output.total_num_scheduled_tokens
         inputs = tokens + self.drafting * len(output.num_scheduled_tokens)
         room = self.scheduler_config.max_num_batched_tokens - inputs
@@ -254,12 +253,12 @@ class ParadeSchedulerMixin(Base):
                 self.settled[request.request_id] = self.rows.row(request.request_id, last.key)
         adapters = dict.fromkeys(reading.instruction.adapter for reading in readings.values())
         slots = self.slots.activate(adapters)
-        # Workers pass over a step without tokens, and what it would have copied.
+        # Workers skip a step without tokens and would not copy its adapters.
         upcoming = self.slots.activate(self._upcoming(adapters)) if scheduled else {}
         return StepPlan({**settled, **rows}, readings, borders, slots, upcoming)
 
     def _upcoming(self, adapters: Collection[str]) -> Collection[str]:
-        """Adapters of the next instructions to come, for the slots that those of this step leave."""
+        """Adapters of the next waiting instructions, for the slots that this step does not use."""
         upcoming: dict[str, None] = {}
         for request in islice(self.waiting, self.max_num_running_reqs):
             if len(adapters) + len(upcoming) == self.slots.num_slots:
@@ -284,13 +283,13 @@ class ParadeSchedulerMixin(Base):
         self.rows.release(request.request_id)
 
     def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
-        """Drop cached keys and values, and cached vectors, which were made of the same weights."""
+        """Drop cached keys and values, and the cached vectors, which depend on the same weights."""
         done = super().reset_prefix_cache(*args, **kwargs)
         self.rows.forget()
         return done
 
     def make_stats(self, *args: Any, **kwargs: Any) -> "SchedulerStats | None":
-        """A step's stats, with the row counts on them; None where stats are off."""
+        """A step's stats with the row counts. None if stats are disabled."""
         stats = super().make_stats(*args, **kwargs)
         if stats is not None:
             RowCounts(self.rows.hits, self.rows.misses, self.rows.evictions, self.shared_base_tokens).put(stats)

@@ -6,10 +6,10 @@ from collections.abc import Collection
 
 
 class SlotCache:
-    """Which slot holds which adapter: an LRU cache.
+    """Maps adapters to slots, as an LRU cache.
 
-    An adapter needs its slot only in the steps in which it reads instructions. The plan tells the workers which slot
-    that is, so all of them do the same.
+    An adapter needs its slot only in the steps in which it reads instructions. The step's plan names the slot, so all
+    workers use the same one.
     """
 
     def __init__(self, num_slots: int) -> None:
@@ -22,13 +22,13 @@ class SlotCache:
         return adapter in self._slots
 
     def activate(self, adapters: Collection[str]) -> dict[str, int]:
-        """Give each of these adapters a slot, all of them together. The least recently used others lose theirs.
+        """Give each of these adapters a slot. Evicts the least recently used other adapters.
 
         Returns:
-            slot of each
+            the slot of each adapter
         """
         assert len(adapters) <= self.num_slots, f"{len(adapters)} adapters for {self.num_slots} slots"
-        # First those that have a slot, so that no other adapter of this call takes it.
+        # Adapters that have a slot come first, so that no other adapter of this call evicts them.
         for adapter in adapters:
             if adapter in self._slots:
                 self._slots.move_to_end(adapter)

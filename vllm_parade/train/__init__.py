@@ -1,1 +1,1 @@
-"""Training PARADE adapters on Hugging Face models. Nothing in here imports vLLM."""
+"""Training of PARADE adapters on Hugging Face models. This package does not import vLLM."""

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train a PARADE adapter, or LoRA or (IA)3 by the same command, and save it as PEFT does and the server reads.
+"""Train a PARADE adapter (or LoRA or (IA)3), and save it in PEFT's format, which the server reads.
 
     python -m vllm_parade.train --model MODEL --task sst2 --data FOLDER --output_dir adapters/sst2
     python -m vllm_parade.train --model MODEL --train_file pairs.jsonl --output_dir adapters/mine
     python -m vllm_parade.train settings.yaml
 
-A YAML file holds the same settings, by the names of the flags; flags after it come on top. Several GPUs:
-`accelerate launch -m vllm_parade.train ...`, with DDP or FSDP 2 as accelerate's own config says, or
+A YAML file holds the same settings by flag name. Flags after it override them. For several GPUs, use
+`accelerate launch -m vllm_parade.train ...` (DDP or FSDP 2, as accelerate is configured) or
 `torchrun --nproc_per_node 2 -m vllm_parade.train ...`.
 """
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def parse(arguments: list[str]) -> "tuple[AdapterArguments, PromptTrainingArguments]":
-    """Read the command line, and the YAML file that it may begin with.
+    """Parse the command line, whose first argument may be a YAML file.
 
     Raises:
         ValueError: names the flag, its value and the remedy.
@@ -47,15 +47,15 @@ def parse(arguments: list[str]) -> "tuple[AdapterArguments, PromptTrainingArgume
 
 
 def _flags(file: Path) -> Iterator[str]:
-    """A YAML file's settings as flags, so that those of the command line can come on top."""
+    """Settings of a YAML file as flags, so that later flags override them."""
     import yaml
 
     try:
         values = yaml.safe_load(read_text(file))
     except yaml.YAMLError as error:
-        raise ValueError(f"{file}: no valid YAML: {error}") from error
+        raise ValueError(f"{file}: invalid YAML: {error}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{file} holds a {type(values).__name__}; expected settings by name")
+        raise ValueError(f"{file} holds a {type(values).__name__}; expected a mapping from setting names to values")
     for name, value in values.items():
         yield f"--{name}"
         for entry in value if isinstance(value, list) else [value]:
@@ -63,7 +63,7 @@ def _flags(file: Path) -> Iterator[str]:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     with one_line_errors("train"):
         require_modules("accelerate", "aenum", "peft", "transformers", "yaml")
         options, settings = parse(sys.argv[1:])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answers of a trained or bare Hugging Face model, for scoring."""
+"""Answers of a Hugging Face model, with or without an adapter, for scoring."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,7 +14,7 @@ __all__ = ["answer", "choose", "score"]
 
 
 def score(task: Task, model: Any, tokenizer: Any, examples: Sequence[Example], template: str) -> float:
-    """The task's metric, in per cent: of the likeliest of its choices where there are some, else of greedy answers."""
+    """The task's metric in per cent, of the most likely choice if the task has choices, else of greedy answers."""
     prompts = [encode_prompt(tokenizer, example.prompt, template) for example in examples]
     if task.choices:
         return task.metric(choose(model, tokenizer, prompts, task.choices), examples)
@@ -24,7 +24,7 @@ def score(task: Task, model: Any, tokenizer: Any, examples: Sequence[Example], t
 def answer(
     model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int, batch_size: int = 256
 ) -> list[str]:
-    """Greedy answers to prompts of token ids, in their order."""
+    """Greedy answers to prompts of token ids, in the order of `prompts`."""
     answers: dict[int, str] = {}
     for indices, batch in _prompt_batches(model, tokenizer, prompts, batch_size):
         output = _generate(model, tokenizer, batch, max_new_tokens=max_new_tokens)
@@ -36,10 +36,14 @@ def answer(
 def choose(
     model: Any, tokenizer: Any, prompts: Sequence[list[int]], choices: Sequence[str], batch_size: int = 256
 ) -> list[str]:
-    """For each prompt, the choice whose first token the model gives the largest logit at the answer's first place."""
+    """The most likely choice for each prompt, by the logits of the choices' first tokens at the first answer position.
+
+    Raises:
+        ValueError: two choices begin with the same token.
+    """
     first = [tokenizer(choice, add_special_tokens=False)["input_ids"][0] for choice in choices]
     if len(set(first)) < len(first):
-        raise ValueError(f"choices {', '.join(choices)} begin with the same token; the first token tells nothing")
+        raise ValueError(f"choices {', '.join(choices)}: two begin with the same token; give choices that differ there")
     chosen: dict[int, int] = {}
     for indices, batch in _prompt_batches(model, tokenizer, prompts, batch_size):
         kwargs = {"max_new_tokens": 1, "output_logits": True, "return_dict_in_generate": True}
@@ -55,7 +59,7 @@ def _device(model: Any) -> torch.device:
 def _prompt_batches(
     model: Any, tokenizer: Any, prompts: Sequence[list[int]], batch_size: int
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-    """Prompts of like lengths together, with their places in `prompts`."""
+    """Yield batches of prompts of similar length, with their indices in `prompts`."""
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]

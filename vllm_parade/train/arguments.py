@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line of `python -m vllm_parade.train`: Transformers' own training arguments and a few of ours."""
+"""The command line of `python -m vllm_parade.train`: Transformers' training arguments and some of its own."""
 
 import json
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from vllm_parade.train.methods import METHODS
 from vllm_parade.train.tasks import TASKS
 from vllm_parade.train.templates import TEMPLATES
 
-# Below so many examples a batch has 16 of them, else 128.
+# With fewer examples, the default batch size is 16, else 128.
 FEW_EXAMPLES = 10_000
 
 
@@ -25,7 +25,7 @@ def _argument(default: Any, text: str, **metadata: Any) -> Any:
 
 @dataclass
 class AdapterArguments:
-    """What is trained, on what."""
+    """Base model, method and data."""
 
     model: str = field(metadata={"help": "base model, a folder or a name on the Hub"})
     method: str = _argument("parade", f"one of {', '.join(METHODS)}", choices=list(METHODS))
@@ -35,30 +35,34 @@ class AdapterArguments:
     )
     standardize: bool = _argument(
         False,
-        "let PARADE's generators begin by reading what tells prompts apart, by a look at some of the training prompts; "
-        "for a mixture of tasks, with --bias_lr_ratio 10 and the pooler last_token",
+        "standardize the hidden states that PARADE's generators read, on 256 training prompts, so that training "
+        "starts on how prompts differ; for a mixture of tasks, with --bias_lr_ratio 10 and the pooler last_token",
     )
-    bias_lr_ratio: float = _argument(1.0, "how much faster than the rest of a PARADE adapter b_up learns")
+    bias_lr_ratio: float = _argument(1.0, "learning rate of a PARADE adapter's b_up, as a multiple of --learning_rate")
     dtype: str = _argument("auto", "of the base model: auto (bfloat16 on a GPU, else float32), bfloat16, float32, ...")
-    base_name: str | None = _argument(None, "the base model's name in adapter and card; default: what --model says")
+    base_name: str | None = _argument(None, "name of the base model in the adapter and its card; default: --model")
     task: list[str] = field(
         default_factory=list,
-        metadata={"help": f"out of {', '.join(TASKS)}; several make one mixture", "choices": list(TASKS)},
+        metadata={"help": f"any of {', '.join(TASKS)}; several form one mixture", "choices": list(TASKS)},
     )
     data: list[str] = field(
         default_factory=list, metadata={"help": "folder of each task's files, in the order of --task"}
     )
-    train_file: str | None = _argument(None, 'instead of a task: a file of lines {"prompt": ..., "response": ...}')
-    dev_file: str | None = _argument(None, "likewise for dev; without it every tenth training example, at most 200")
-    dataset: str | None = _argument(None, 'instead of both: a data set of the Hub with columns "prompt" and "response"')
-    template: str = _argument(
-        "chat", "what stands around a prompt: chat, llama2 (the paper's) or plain", choices=list(TEMPLATES)
+    train_file: str | None = _argument(None, 'instead of --task: a file of lines {"prompt": ..., "response": ...}')
+    dev_file: str | None = _argument(
+        None, "dev data for --train_file, in the same format; default: every tenth training example, at most 200"
     )
-    attention: str = _argument("sdpa", "eager, sdpa, or xformers: that one on GPUs, with --packed")
-    packed: bool = _argument(False, "lay the examples of a batch end to end in one row instead of padding them")
-    max_length: int | None = _argument(None, "tokens; longer examples are left out")
-    dev_rows: int | None = _argument(None, "examples of dev to look at; default: all")
-    metric_rows: int = _argument(200, "dev examples answered for the task's metric at every evaluation; 0 for none")
+    dataset: str | None = _argument(
+        None, 'instead of --task and --train_file: a data set on the Hub with columns "prompt" and "response"'
+    )
+    template: str = _argument(
+        "chat", "prompt template: chat (the tokenizer's), llama2 (the paper's) or plain", choices=list(TEMPLATES)
+    )
+    attention: str = _argument("sdpa", "eager, sdpa, or xformers (needs a GPU and --packed)")
+    packed: bool = _argument(False, "concatenate the examples of a batch into one row instead of padding them")
+    max_length: int | None = _argument(None, "maximum length in tokens; longer examples are left out")
+    dev_rows: int | None = _argument(None, "number of dev examples for the dev loss; default: all")
+    metric_rows: int = _argument(200, "dev examples answered at each evaluation for the task's metric; 0 for none")
 
     def __post_init__(self) -> None:
         self.peft = self._settings()
@@ -78,7 +82,7 @@ class AdapterArguments:
         if self.dtype != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise ValueError(f"--dtype is {self.dtype}; expected auto, bfloat16, float16 or float32")
         known = ["eager", *(name for name in ALL_ATTENTION_FUNCTIONS.valid_keys() if "|" not in name)]
-        # A name with / or | is a kernel on the Hub.
+        # A name with / or | refers to a kernel on the Hub.
         if self.attention not in known and not {"/", "|"} & set(self.attention):
             raise ValueError(f"--attention is {self.attention}; expected one of {', '.join(known)}")
         if self.attention == "xformers":
@@ -95,11 +99,11 @@ class AdapterArguments:
             raise ValueError(f"--data names {len(self.data)} folders for {len(self.task)} tasks; give one for each")
         if self.dev_file and not self.train_file:
             raise ValueError(
-                "--dev_file is for --train_file; drop it: tasks and data sets have a dev split of their own"
+                "--dev_file is for --train_file; drop it, because tasks and data sets have their own dev split"
             )
         for folder in self.data:
             if not Path(folder).is_dir():
-                raise ValueError(f"--data names {folder!r}, which is no folder")
+                raise ValueError(f"--data names {folder!r}, which is not a folder; give a folder for each task")
 
     def _settings(self) -> dict[str, Any]:
         if not isinstance(self.peft, str):
@@ -114,27 +118,27 @@ class AdapterArguments:
 class PromptTrainingArguments(TrainingArguments):
     """Transformers' training arguments with the paper's settings as defaults."""
 
-    output_dir: str = _argument("adapter", "folder of the adapter, and of checkpoints while it is trained")
-    learning_rate: float = _argument(1e-4, "highest learning rate of AdamW; small models want more: 5e-3 for 135M")
-    lr_scheduler_type: str = _argument("linear", "how the learning rate falls")
-    warmup_steps: float = _argument(0.06, "steps in which the learning rate rises; below 1, their share")
-    num_train_epochs: float = _argument(10.0, "passes over the training examples, at most")
-    per_device_train_batch_size: int = _argument(0, f"0: 16 below {FEW_EXAMPLES:,} examples, else 128")
-    per_device_eval_batch_size: int = _argument(64, "examples")
+    output_dir: str = _argument("adapter", "folder for the adapter, and for checkpoints during training")
+    learning_rate: float = _argument(1e-4, "peak learning rate of AdamW; small models need more: 5e-3 for 135M")
+    lr_scheduler_type: str = _argument("linear", "learning-rate schedule after warmup")
+    warmup_steps: float = _argument(0.06, "number of warmup steps; below 1, their share of all steps")
+    num_train_epochs: float = _argument(10.0, "maximum number of passes over the training examples")
+    per_device_train_batch_size: int = _argument(0, f"0: 16 with fewer than {FEW_EXAMPLES:,} examples, else 128")
+    per_device_eval_batch_size: int = _argument(64, "batch size for the dev loss")
     eval_strategy: str = _argument("steps", "steps or epoch")
-    eval_steps: float = _argument(200, "steps between evaluations on dev, each with a checkpoint")
-    save_strategy: str = _argument("steps", "as eval_strategy")
-    save_steps: float = _argument(200, "as eval_steps")
-    save_total_limit: int | None = _argument(1, "checkpoints that are kept beside the best")
-    patience: int = _argument(10, "evaluations without a better dev loss after which training ends")
-    load_best_model_at_end: bool = _argument(True, "whether the checkpoint that is best on dev is the result")
-    metric_for_best_model: str | None = _argument("eval_loss", "eval_loss, or eval_metric for the task's own")
-    train_sampling_strategy: str = _argument("group_by_length", "batches of like lengths, in random order")
-    logging_steps: float = _argument(20, "steps between lines in the log")
+    eval_steps: float = _argument(200, "steps between evaluations on dev")
+    save_strategy: str = _argument("steps", "same as eval_strategy")
+    save_steps: float = _argument(200, "steps between checkpoints; same as eval_steps")
+    save_total_limit: int | None = _argument(1, "number of checkpoints to keep besides the best one")
+    patience: int = _argument(10, "training stops after this many evaluations without a better dev loss")
+    load_best_model_at_end: bool = _argument(True, "save the checkpoint with the best dev result, not the last one")
+    metric_for_best_model: str | None = _argument("eval_loss", "eval_loss, or eval_metric for the task's metric")
+    train_sampling_strategy: str = _argument("group_by_length", "batches of similar lengths, in random order")
+    logging_steps: float = _argument(20, "steps between log lines")
     report_to: None | str | list[str] = _argument("none", "none, tensorboard, ...")
-    remove_unused_columns: bool = _argument(False, "leave it")
+    remove_unused_columns: bool = _argument(False, "keep it off")
 
     def batch_for(self, examples: int) -> None:
-        """Settle the batch size, if it was left open."""
+        """Set the default batch size for this number of examples, if none was given."""
         if not self.per_device_train_batch_size:
             self.per_device_train_batch_size = 16 if examples < FEW_EXAMPLES else 128

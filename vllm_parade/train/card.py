@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model card of a trained adapter: what it was trained on, how, and what that gave."""
+"""The model card of a trained adapter: base model, data, settings and results."""
 
 import platform
 import time
@@ -26,7 +26,7 @@ SHOWN = (
 )
 OURS = ("standardize", "bias_lr_ratio")
 METHOD_NAMES = {"parade": "PARADE", "lora": "LoRA", "ia3": "(IA)3"}
-# A folder of a model or of data may say in a file where they come from, in lines that begin with these words.
+# A folder with a model or data may contain this file. Its lines that begin with a key below are copied to the card.
 SOURCE_FILE = "SOURCE.txt"
 MODEL_KEYS = ("model:", "taken from:", "weights:")
 DATA_KEYS = ("data set:", "licence as stated:")
@@ -43,9 +43,9 @@ def write_card(
     """Write README.md into an adapter's folder.
 
     Args:
-        state: the trainer's
-        metrics: the last evaluation's, of the best checkpoint
-        counts: what was trained and looked at, by name
+        state: the trainer's TrainerState
+        metrics: results of the last evaluation, which uses the best checkpoint
+        counts: number of training pairs and of dev pairs, by name
     """
     base, subject = options.base_name or options.model, ", ".join(options.task) or "prompts and responses"
     library = "vllm-parade" if options.method == "parade" else "peft"
@@ -58,8 +58,8 @@ tags: [{options.method}, {", ".join(options.task)}]
 ---
 # A {METHOD_NAMES[options.method]} adapter for {subject}
 
-Trained by `python -m vllm_parade.train` on {base}. It answers well only to the wording it was trained on
-(`vllm_parade.train.templates`, template {options.template!r}).
+Trained with `python -m vllm_parade.train` on {base}. It answers well only to prompts that are worded as in
+training, with the template {options.template!r} of `vllm_parade.train.templates`.
 
 ## Measured on dev
 
@@ -67,8 +67,8 @@ Trained by `python -m vllm_parade.train` on {base}. It answers well only to the 
 | --- | --- |
 {_rows(measured)}
 
-Loss is the mean over response tokens; the tasks' metrics are in per cent, of at most {options.metric_rows} examples
-each.
+The loss is the mean over response tokens. The tasks' metrics are in per cent, over at most {options.metric_rows}
+examples each.
 
 ## Training
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shared by the commands `train`, `evaluate` and `inspect`: bad input ends in one line, before minutes of work."""
+"""Input checks of the commands `train`, `evaluate` and `inspect`: bad input gives a one-line error before long work."""
 
 import os
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ def one_line_errors(command: str) -> Iterator[None]:
 
 @contextmanager
 def naming(flag: str) -> Iterator[None]:
-    """Put `flag` in front of a ValueError whose message begins with the flag's value, a file or folder."""
+    """Prefix a ValueError with `flag`, if its message begins with the flag's value, a file or folder."""
     try:
         yield
     except ValueError as error:
@@ -42,7 +42,7 @@ def require_modules(*names: str, remedy: str = EXTRA) -> None:
 
 
 def check_output_folder(flag: str, folder: Path) -> None:
-    """Create the folder for results now, so that a bad path is not found after the work.
+    """Create the output folder early, so that a bad path fails before the work.
 
     Raises:
         ValueError: names the flag, the folder and the reason.

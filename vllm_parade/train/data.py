@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Examples as token ids. The instruction is the prompt exactly as the server renders it."""
+"""Examples as token ids. The prompt is rendered exactly as the server renders it; it is the instruction."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,15 +17,17 @@ IGNORED_LABEL = -100
 
 
 def encode_prompt(tokenizer: Any, prompt: str, template: str = "chat") -> list[int]:
-    """Render `prompt` up to where the model is to answer."""
+    """Token ids of `prompt` in its template, up to the start of the answer."""
     return tokenizer(TEMPLATES[template](tokenizer, prompt), add_special_tokens=False)["input_ids"]
 
 
 def encode(
     tokenizer: Any, examples: Iterable[Example], template: str = "chat", max_length: int | None = None
 ) -> list[dict[str, list[int]]]:
-    """One training pair for each response of each example, which ends with the end-of-turn token: `input_ids` and
-    `labels`, those of the prompt ignored. Pairs longer than `max_length` are left out."""
+    """Encode one training pair per response: `input_ids` and `labels`, where the prompt's labels are ignored.
+
+    Each response ends with the end-of-sequence token. Pairs longer than `max_length` tokens are left out.
+    """
     pairs = []
     for example in examples:
         prompt = encode_prompt(tokenizer, example.prompt, template)
@@ -38,7 +40,7 @@ def encode(
 
 @dataclass(frozen=True)
 class Collator:
-    """Pads on the right: input_ids, attention_mask and labels, each [batch, tokens]."""
+    """Pads pairs on the right. Returns input_ids, attention_mask and labels, each [batch, tokens]."""
 
     pad_id: int
 
@@ -54,7 +56,7 @@ class Collator:
 
 
 def pad_left(prompts: Sequence[list[int]], pad_id: int, device: torch.device | str) -> dict[str, Tensor]:
-    """Pad on the left, for generation: input_ids and attention_mask, each [batch, tokens]."""
+    """Pad prompts on the left, for generation. Returns input_ids and attention_mask, each [batch, tokens]."""
     longest = max(map(len, prompts))
     ids = [[pad_id] * (longest - len(prompt)) + prompt for prompt in prompts]
     mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PARADE and the methods that it is compared with, as PEFT configs."""
+"""PEFT configs of PARADE and of the methods it is compared with."""
 
 from typing import Any
 
@@ -11,8 +11,8 @@ from vllm_parade.tuner import ParadeConfig
 from vllm_parade.tuner.layout import layout_of
 
 LINEAR_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-# The paper's settings of its baselines, for the LLaMA family: LoRA of rank 4 on all linear modules. (IA)3 scales what
-# PARADE scales (its feedforward modules would be scaled at their input), with the same vector for every prompt.
+# The paper's baselines for the LLaMA family. LoRA has rank 4 on all linear modules. (IA)3 scales the same outputs as
+# PARADE, with the same vector for every prompt. `feedforward_modules` is empty because PEFT scales those at the input.
 METHODS: dict[str, tuple[type[PeftConfig], dict[str, Any]]] = {
     "parade": (ParadeConfig, {}),
     "lora": (LoraConfig, {"r": 4, "lora_alpha": 8, "target_modules": LINEAR_MODULES}),
@@ -21,10 +21,10 @@ METHODS: dict[str, tuple[type[PeftConfig], dict[str, Any]]] = {
 
 
 def peft_config(method: str, settings: dict[str, Any]) -> PeftConfig:
-    """The PEFT config of a method, `settings` over its defaults.
+    """The PEFT config of a method; `settings` override its defaults.
 
     Raises:
-        ValueError: a setting that the method does not have.
+        ValueError: the method does not have a setting, or refuses its value.
     """
     kind, defaults = METHODS[method]
     try:
@@ -36,7 +36,7 @@ def peft_config(method: str, settings: dict[str, Any]) -> PeftConfig:
 
 
 def check_fit(config: PeftConfig, model_config: Any) -> None:
-    """Refuse a PARADE adapter that does not fit the base model. PEFT checks other methods once the model is loaded.
+    """Check that a PARADE adapter fits the base model. PEFT checks other methods after loading the model.
 
     Raises:
         AdapterError: names --model or --peft, the value and what was expected.

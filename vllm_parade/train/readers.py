@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the files of each task are read. None of a task's training prompts occurs in its dev or test split.
+"""Reads the files of each task. No training prompt of a task occurs in its dev or test split.
 
-A file that cannot be read as its format says raises a ValueError that names file and line.
+A file with a format error raises a ValueError that names the file and the line.
 """
 
 import csv
@@ -24,7 +24,7 @@ from vllm_parade.train.templates import (
     wikisql_prompt,
 )
 
-# Examples that are kept from training where a task has no dev split of its own.
+# Number of examples held out for dev, if a task has no dev split of its own.
 DEV_EXAMPLES = 200
 E2E_DEV_MEANINGS = 100
 BOOLQ_TEST = 1000
@@ -37,7 +37,7 @@ WIKISQL_ROW = re.compile(r"(?P<table>\S+) (?P<columns><c>.*?) <i> (?P<question>.
 
 @dataclass(frozen=True)
 class Example:
-    """A user's turn and the answers that are right; training learns each of them, scoring takes the nearest."""
+    """A user's turn and the correct answers. Training uses all of them; scoring uses the one nearest to an answer."""
 
     prompt: str
     responses: tuple[str, ...]
@@ -53,7 +53,7 @@ class Splits:
 
     @classmethod
     def without_overlap(cls, train: Iterable[Example], dev: list[Example], test: list[Example]) -> "Splits":
-        """Splits of which training loses what is held out."""
+        """Splits without training examples whose prompt also occurs in dev or test."""
         held_out = {example.prompt for example in (*dev, *test)}
         return cls([example for example in train if example.prompt not in held_out], dev, test)
 
@@ -75,7 +75,7 @@ def read_text(path: Path, newline: str | None = None) -> str:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    """Lines that are not blank, each after its place: file and line number."""
+    """Yield each line that is not blank, preceded by its location: file and line number."""
     # Not splitlines(): it also splits at characters that JSON may contain unescaped.
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
@@ -83,7 +83,7 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _csv_rows(path: Path, **options: Any) -> Iterator[tuple[str, list[str]]]:
-    """Rows that are not blank, each after its place."""
+    """Yield each row that is not blank, preceded by its location."""
     reader = csv.reader(io.StringIO(read_text(path, newline=""), newline=""), **options)
     try:
         for row in reader:
@@ -97,13 +97,13 @@ def _csv_rows(path: Path, **options: Any) -> Iterator[tuple[str, list[str]]]:
 def _expecting(where: str, what: str) -> Iterator[None]:
     try:
         yield
-    # RecursionError: JSON nested thousands of levels deep.
+    # RecursionError: JSON that is nested thousands of levels deep.
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{where}: expected {what} ({error!r})") from error
 
 
 def read_sst2(folder: Path) -> Splits:
-    """Read train.tsv, dev.tsv and test.tsv: sentence, tab, label; whole sentences of the treebank."""
+    """Read train.tsv, dev.tsv and test.tsv (sentence, tab, label) with whole sentences of the treebank."""
     return Splits.without_overlap(*(list(_sst2(folder / f"{split}.tsv")) for split in ("train", "dev", "test")))
 
 
@@ -116,13 +116,13 @@ def _sst2(path: Path) -> Iterator[Example]:
 
 
 def read_rte(folder: Path) -> Splits:
-    """Read train.tsv, val.tsv (as dev) and dev.tsv (as test) of GLUE."""
+    """Read GLUE's train.tsv, val.tsv (used as dev) and dev.tsv (used as test)."""
     return Splits.without_overlap(*(list(_rte(folder / f"{split}.tsv")) for split in ("train", "val", "dev")))
 
 
 def _rte(path: Path) -> Iterator[Example]:
     for where, row in _csv_rows(path, delimiter="\t", quoting=csv.QUOTE_NONE):
-        # Not all of the files have a line of headings.
+        # Only some of the files have a header line.
         if row[-1] == "label":
             continue
         with _expecting(where, "an index, two sentences and entailment or not_entailment, with tabs between them"):
@@ -155,7 +155,7 @@ def read_e2e(folder: Path) -> Splits:
 
 
 def _e2e(path: Path) -> list[Example]:
-    """One example a meaning representation, in the file's order, with all its references."""
+    """One example per meaning representation with all its references, in the file's order."""
     references: dict[str, list[str]] = {}
     rows = _csv_rows(path)
     _, columns = next(rows, ("", []))
@@ -167,7 +167,10 @@ def _e2e(path: Path) -> list[Example]:
 
 
 def read_wikisql(folder: Path) -> Splits:
-    """Read validation.txt, split by table into train and dev, and test1000.txt: questions, schemas, SQL, no rows."""
+    """Read validation.txt, split by table into train and dev, and test1000.txt.
+
+    The files have questions, schemas and SQL, but no table rows.
+    """
     tables: dict[str, list[Example]] = {}
     for table, example in _wikisql(folder / "validation.txt"):
         tables.setdefault(table, []).append(example)
@@ -181,16 +184,16 @@ def _wikisql(path: Path) -> Iterator[tuple[str, Example]]:
         match = WIKISQL_ROW.search(row)
         if match is None:
             if row.strip():
-                raise ValueError(f"{path}: no row of WikiSQL: {row.strip()[:80]!r}")
+                raise ValueError(f"{path}: not a row of WikiSQL: {row.strip()[:80]!r}")
             continue
         columns = [column.split("<t>")[0].strip() for column in match["columns"].split("<c>")[1:]]
-        # The table's name is a number that tells nothing: the answer names it, so that the SQL is whole.
+        # The prompt includes the table's name, because the SQL contains it.
         table = f"{match['table']}: {', '.join(columns)}"
         yield match["table"], Example(wikisql_prompt(match["question"], table), (match["sql"].strip(),))
 
 
 def read_jsonl(train: Path, dev: Path | None) -> Splits:
-    """Read files of lines `{"prompt": ..., "response": ...}`; without `dev`, every tenth example up to 200 is it.
+    """Read files of lines `{"prompt": ..., "response": ...}`. Without `dev`, every tenth example is dev, at most 200.
 
     Raises:
         ValueError: names the flag, the file and the line.
@@ -211,7 +214,7 @@ def _jsonl(path: Path) -> list[Example]:
 
 
 def as_example(row: "str | dict", where: str) -> Example:
-    """An example out of a row with "prompt" and "response".
+    """Make an example from a row with "prompt" and "response".
 
     Raises:
         ValueError: names the row.
@@ -220,12 +223,12 @@ def as_example(row: "str | dict", where: str) -> Example:
         values = json.loads(row) if isinstance(row, str) else row
         prompt, response = values["prompt"], values["response"]
     if not isinstance(prompt, str) or not isinstance(response, str) or not prompt or not response:
-        raise ValueError(f"{where}: prompt and response must be texts that are not empty")
+        raise ValueError(f"{where}: prompt and response must be non-empty strings")
     return Example(prompt, (response,))
 
 
 def _take(groups: list[list[Example]], count: int) -> tuple[list[Example], list[list[Example]]]:
-    """About `count` examples out of whole groups spread over all, and the groups that are left."""
+    """At most `count` examples of evenly spread whole groups, and the remaining groups."""
     total = sum(map(len, groups))
     stride = max(1, round(total / max(1, count)))
     taken: list[Example] = []

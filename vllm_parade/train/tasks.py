@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tasks that adapters are trained for and judged by."""
+"""The tasks that adapters are trained and scored on."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ YES_NO = ("no", "yes")
 
 @dataclass(frozen=True)
 class Task:
-    """A task: `read` takes its folder, `metric` scores answers against examples on a scale of 0 to 100."""
+    """A task: `read` reads its folder, `metric` scores answers against examples from 0 to 100."""
 
     name: str
     metric_name: str
@@ -33,18 +33,18 @@ class Task:
     read: Callable[[Path], Splits]
     metric: Callable[[Sequence[str], Sequence[Example]], float]
     choices: tuple[str, ...] = ()
-    """The possible answers, where there are only a few."""
+    """The possible answers, if there are only a few."""
 
 
 def accuracy(answers: Sequence[str], examples: Sequence[Example]) -> float:
-    """Per cent of answers whose first word, in lower case, is the right one."""
+    """Per cent of answers whose first word, in lower case, is a correct response."""
     words = (re.search("[a-z]+", answer.lower()) for answer in answers)
     right = [word is not None and word[0] in e.responses for word, e in zip(words, examples, strict=True)]
     return 100 * sum(right) / len(right)
 
 
 def logical_form(answers: Sequence[str], examples: Sequence[Example]) -> float:
-    """Per cent of answers that are a reference, apart from case and white space."""
+    """Per cent of answers that equal a reference, ignoring case and white space."""
     right = [_plain(answer) in map(_plain, e.responses) for answer, e in zip(answers, examples, strict=True)]
     return 100 * sum(right) / len(right)
 
@@ -54,7 +54,7 @@ def _plain(text: str) -> str:
 
 
 def rouge_l(answers: Sequence[str], examples: Sequence[Example]) -> float:
-    """Mean ROUGE-L F-measure, times 100, of each answer with the nearest of its references; no stemming."""
+    """Mean ROUGE-L F-measure times 100, of each answer with its best reference, without stemming."""
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rougeL"])
@@ -78,7 +78,7 @@ def read_task(name: str, folder: Path, *needed: str) -> Splits:
     """Read a task's examples from its folder and check that every split in `needed` has some.
 
     Raises:
-        ValueError: names --data, the file or folder, and what was expected of it.
+        ValueError: names --data, the file or folder, and what was expected.
     """
     with naming("--data"):
         splits = TASKS[name].read(folder)
@@ -91,7 +91,7 @@ def read_task(name: str, folder: Path, *needed: str) -> Splits:
 
 
 def check_metric(name: str) -> None:
-    """Check that the package which computes a task's metric is installed.
+    """Check that the package for a task's metric is installed.
 
     Raises:
         ValueError: names the package and the remedy.
@@ -101,5 +101,5 @@ def check_metric(name: str) -> None:
 
 
 def mixture(splits: Sequence[Splits]) -> Splits:
-    """Several tasks as one: their training and dev examples together, for one adapter; tests stay apart."""
+    """Merge the training and dev examples of several tasks, for one adapter. The result has no test examples."""
     return Splits([e for s in splits for e in s.train], [e for s in splits for e in s.dev], [])

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The user's turn for each task, as the paper words it, and the wrappings around it.
+"""The user's turn for each task in the paper's wording, and the templates around it.
 
-An adapter answers well only to the wording it was trained on, so training, demo and benchmarks all take it from here.
+An adapter answers well only to the wording it was trained on, so training, demo and benchmarks share these functions.
 """
 
 from collections.abc import Callable
@@ -18,34 +18,34 @@ __all__ = [
 ]
 
 SST2_ANSWERS = ("negative", "positive")
-"""What the model is to answer, indexed by SST-2's label."""
+"""The expected answers, indexed by SST-2's label."""
 
 LLAMA2_SYSTEM = "You are a helpful, respectful and honest assistant."
 
 
 def sst2_prompt(sentence: str) -> str:
-    """SST-2: one sentence of a film review, to be answered with one of `SST2_ANSWERS`."""
+    """SST-2: one sentence of a film review. The answer is one of `SST2_ANSWERS`."""
     return f"{sentence}\nThe sentiment of the given sentence is:"
 
 
 def rte_prompt(premise: str, hypothesis: str) -> str:
-    """RTE: does the first sentence entail the second? To be answered with yes or no."""
+    """RTE: does the first sentence entail the second? The answer is yes or no."""
     question = "Are sentence 1 and sentence 2 have entailment relation or not?"
     return f"sentence 1: {premise}\nsentence 2: {hypothesis}\n{question}"
 
 
 def boolq_prompt(passage: str, question: str) -> str:
-    """BoolQ: a question on a passage, to be answered with yes or no."""
+    """BoolQ: a question about a passage. The answer is yes or no."""
     return f"Reference document:\n{passage}\nQuestion:\n{question}"
 
 
 def e2e_prompt(reference: str) -> str:
-    """E2E: a meaning representation, `name[Blue Spice], area[riverside]`, to be answered with a sentence or two."""
+    """E2E: a meaning representation, `name[Blue Spice], area[riverside]`. The answer is a sentence or two."""
     return f"Reference:\n{reference}\nGenerate a customer review following the given reference."
 
 
 def wikisql_prompt(query: str, table: str) -> str:
-    """WikiSQL: a question on a table, to be answered with SQL."""
+    """WikiSQL: a question about a table. The answer is SQL."""
     return (
         f"Answer the following query by writing a SQL query on the given table:\n{query}\nTable information:\n{table}."
     )
@@ -64,6 +64,6 @@ def _plain(tokenizer: Any, prompt: str) -> str:
     return f"{tokenizer.bos_token or ''}{prompt}\n"
 
 
-# What stands around a prompt, up to where the model is to answer, as text in which special tokens are spelt out: the
-# tokenizer's chat template with the prompt as the only user message, the paper's, or hardly anything.
+# Each template renders a prompt up to the start of the answer, as text with special tokens spelt out: the tokenizer's
+# chat template with the prompt as the only user message, the paper's, or only a begin-of-sequence token and a newline.
 TEMPLATES: dict[str, Callable[[Any, str], str]] = {"chat": _chat, "llama2": _llama2, "plain": _plain}

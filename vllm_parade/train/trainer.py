@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Transformers' Trainer, which also answers dev prompts, and an adapter's whole way from base model to folder."""
+"""Trains an adapter and saves it, with a Transformers Trainer that also scores answers to dev prompts."""
 
 import random
 from pathlib import Path
@@ -21,19 +21,19 @@ from vllm_parade.train.pretrained import load_model, load_model_config, load_tok
 from vllm_parade.train.readers import Example, Splits, as_example, read_jsonl
 from vllm_parade.train.tasks import TASKS, check_metric, mixture, read_task
 
-# Whose prompts --standardize looks at.
+# Number of training pairs whose prompts --standardize uses.
 STANDARD_PAIRS = 256
 
 
 class PromptTrainer(Trainer):
-    """Adds the tasks' own metric to every evaluation, as `eval_metric`: the mean over the tasks."""
+    """Adds each task's metric to every evaluation, and their mean as `eval_metric`."""
 
     def __init__(self, *args: Any, options: AdapterArguments, tasks: dict[str, Splits], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.options, self.tasks = options, tasks
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """Transformers' own, in which b_up has its learning rate."""
+        """Transformers' optimizer, with a separate learning rate for b_up."""
         optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         for group in list(optimizer.param_groups) if self.options.bias_lr_ratio != 1 else ():
@@ -43,7 +43,7 @@ class PromptTrainer(Trainer):
         return optimizer
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Dev loss and, where a task is trained, its metric over the first of its dev examples."""
+        """Dev loss and, for each trained task, its metric over the first `metric_rows` dev examples."""
         metrics: dict[str, float] = super().evaluate(*args, **kwargs)
         rows, model = self.options.metric_rows, self.accelerator.unwrap_model(self.model)
         scores = {
@@ -59,7 +59,7 @@ class PromptTrainer(Trainer):
 
 
 def load_base(options: AdapterArguments) -> Any:
-    """The base model."""
+    """Load the base model."""
     dtype: Any = options.dtype
     if dtype == "auto":
         dtype = "bfloat16" if torch.cuda.is_available() else "float32"
@@ -69,7 +69,7 @@ def load_base(options: AdapterArguments) -> Any:
 
 
 def load_data(options: AdapterArguments) -> tuple[Splits, dict[str, Splits]]:
-    """All examples together, and those of each task.
+    """All examples, and the examples by task.
 
     Raises:
         ValueError: names the flag, the file or data set, and the reason.
@@ -84,7 +84,7 @@ def load_data(options: AdapterArguments) -> tuple[Splits, dict[str, Splits]]:
     else:
         source, splits = f"--dataset {options.dataset}", _hub_data(str(options.dataset))
     if not splits.train:
-        raise ValueError(f"{source}: no example is left to train on: all its prompts are in dev; add examples")
+        raise ValueError(f"{source}: no training example is left, because all prompts are in dev; add examples")
     return splits, {}
 
 
@@ -95,12 +95,12 @@ def _hub_data(name: str) -> Splits:
         raise ValueError(f"--dataset {name} needs the package datasets; pip install datasets") from error
     try:
         found = load_dataset(name)
-    # The package raises these for an unknown or ambiguous name.
+    # datasets raises these for an unknown or ambiguous name.
     except (OSError, ValueError) as error:
         raise ValueError(f"--dataset {name}: cannot be loaded: {error}; give a data set's name on the Hub") from error
     if not found.get("train"):
         raise ValueError(
-            f"--dataset {name}: has no split train with examples, only {', '.join(found)}; give another one"
+            f"--dataset {name}: has no examples in a split train, only {', '.join(found)}; give another data set"
         )
     parts = {
         split: [as_example(row, f"--dataset {name}, {split} row {number}") for number, row in enumerate(rows)]
@@ -118,13 +118,13 @@ def _encode(options: AdapterArguments, tokenizer: Any, examples: list[Example]) 
 
 
 def train(options: AdapterArguments, arguments: PromptTrainingArguments) -> dict[str, float]:
-    """Train an adapter and leave it in `arguments.output_dir`, with a model card.
+    """Train an adapter and save it in `arguments.output_dir`, with a model card.
 
     Returns:
-        what the last evaluation found, of the best checkpoint
+        metrics of the last evaluation, which uses the best checkpoint
     """
     set_seed(arguments.seed)
-    # All checks come before the base model is loaded.
+    # All checks run before the base model is loaded.
     config, checkpoint = peft_config(options.method, cast(dict, options.peft)), _checkpoint(arguments)
     _check_metrics(options, arguments)
     splits, tasks = load_data(options)
@@ -165,16 +165,16 @@ def train(options: AdapterArguments, arguments: PromptTrainingArguments) -> dict
 
 
 def _check_fsdp(trainer: PromptTrainer) -> None:
-    """Refuse what needs weights whole that FSDP shards."""
+    """Refuse options that need unsharded weights."""
     options = trainer.options
     if not trainer.accelerator.is_fsdp2:
-        raise ValueError("FSDP 1 cannot join a bfloat16 base model and a float32 adapter; set fsdp_version to 2")
+        raise ValueError("FSDP 1 cannot mix a bfloat16 base model and a float32 adapter; set fsdp_version to 2")
     if options.standardize:
-        raise ValueError("--standardize needs every adapter weight whole, and FSDP shards them; train with DDP")
+        raise ValueError("--standardize needs unsharded adapter weights, but FSDP shards them; train with DDP")
     if trainer.tasks and options.metric_rows:
         raise ValueError(
-            f"--metric_rows is {options.metric_rows}: answers need every weight whole, and FSDP shards them; give 0, "
-            "and score the adapter by python -m vllm_parade.evaluate"
+            f"--metric_rows is {options.metric_rows}, but answers need unsharded weights and FSDP shards them; give 0, "
+            "and score the adapter with python -m vllm_parade.evaluate"
         )
 
 
@@ -189,7 +189,7 @@ def _standardize(model: PeftModel, trainer: PromptTrainer, pairs: list[dict[str,
 
 
 def _check_metrics(options: AdapterArguments, arguments: PromptTrainingArguments) -> None:
-    """Refuse metrics that the first evaluation would not find, or not be able to compute."""
+    """Refuse a metric that the first evaluation could not find or compute."""
     computed = options.task if options.metric_rows else []
     for name in computed:
         check_metric(name)
@@ -209,14 +209,14 @@ def _checkpoint(arguments: PromptTrainingArguments) -> str | None:
             raise ValueError(f"--resume_from_checkpoint: {folder} has no checkpoint; drop the flag")
         return found
     if asked and not Path(asked).is_dir():
-        raise ValueError(f"--resume_from_checkpoint {asked}: no such folder; give a checkpoint's, or true for the last")
+        raise ValueError(f"--resume_from_checkpoint {asked}: no such folder; give a checkpoint's folder, or true")
     return asked
 
 
 def adapter_state(model: PeftModel, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """What is trained, in the base model's dtype, to which every pass rounds it anyway.
+    """The trained parameters in the base model's dtype, to which every forward pass rounds them anyway.
 
-    Every process must ask, since FSDP leaves each a shard.
+    All processes must call this, because gathering FSDP's shards is a collective operation.
     """
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     state = {name: tensor for name, tensor in model.state_dict().items() if name in trained}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The worker's PARADE manager, beside vLLM's LoRA manager: adapters, vector tables and the metadata of a step."""
+"""The worker's PARADE manager, the counterpart of vLLM's LoRA manager: adapters, vector tables and step metadata."""
 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
@@ -24,7 +24,7 @@ logger = init_logger("vllm.parade.manager")
 
 
 class ParadeManager:
-    """One per worker; knows nothing of the model runner that it serves."""
+    """Holds the adapters, vector tables and step metadata of one worker. Independent of the model runner."""
 
     def __init__(self, vllm_config: "VllmConfig", model: nn.Module, device: torch.device) -> None:
         self.config = ServingConfig.from_vllm_config(vllm_config)
@@ -53,8 +53,8 @@ class ParadeManager:
         """Read an adapter into host memory.
 
         Returns:
-            {"ok": True, "content_hash": ...} or {"ok": False, "error": ...}: an exception on one rank alone would leave
-            the other ranks' replies unread.
+            {"ok": True, "content_hash": ...} or {"ok": False, "error": ...}. An exception on one rank would leave the
+            replies of the other ranks unread.
         """
         try:
             adapter = load_adapter(path, self.shape, max_rank=self.config.max_parade_rank, sites=self.config.sites)
@@ -67,7 +67,7 @@ class ParadeManager:
         return {"ok": True, "content_hash": adapter.content_hash}
 
     def forget_adapters(self, content_hashes: Sequence[str]) -> None:
-        """Free the host memory of adapters; those that were never read are passed over."""
+        """Free the host memory of adapters. Adapters that this worker does not hold are ignored."""
         for content_hash in content_hashes:
             self.slots.remove(content_hash)
 
@@ -75,8 +75,9 @@ class ParadeManager:
         """Fill the batch metadata for a step.
 
         Args:
+            plan: the scheduler's plan of the step
             request_ids: requests in batch order
-            num_tokens: tokens of each request in this step
+            num_tokens: scheduled tokens of each request, by request id
         """
         self.slots.activate(plan.slots)
         rows = [plan.rows.get(request_id, IDENTITY_ROW) for request_id in request_ids]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What PARADE adds to vLLM's model runner V1, which CPUs run."""
+"""PARADE's extension of vLLM's model runner V1, which is used on CPUs."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -14,19 +14,19 @@ else:
 
 
 class ParadeModelRunnerMixin(Base):
-    """Mixed into the class of the worker's model runner V1."""
+    """Mixin for the class of the worker's model runner V1."""
 
     parade: ParadeManager
 
     def _prepare_inputs(self, scheduler_output: "SchedulerOutput", *args: Any, **kwargs: Any) -> Any:
-        # After this step's requests have entered the batch and taken their order, before the forward pass.
+        # The batch has its final order here, and the forward pass has not started.
         prepared = super()._prepare_inputs(scheduler_output, *args, **kwargs)
         self.parade.prepare(plan_of(scheduler_output), self.input_batch.req_ids, scheduler_output.num_scheduled_tokens)
         return prepared
 
     def _determine_batch_execution_and_padding(self, *args: Any, **kwargs: Any) -> Any:
         if self.parade.batch.jobs:
-            # Prompts of one token look like a decode step, whose full graph holds no generator.
+            # Prompts of one token look like a decode step, whose full CUDA graph contains no generators.
             kwargs["force_uniform_decode"] = False
         return super()._determine_batch_execution_and_padding(*args, **kwargs)
 

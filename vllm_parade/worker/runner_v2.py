@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What PARADE adds to vLLM's model runner V2, the default on GPUs.
+"""PARADE's extension of vLLM's model runner V2, the default on GPUs.
 
-V2 sends a preempted request again as a new one, with its generated tokens in the prompt. That does not matter here: how
-long an instruction is, and whether it must be read, stands in the step's plan.
+V2 receives a preempted request again as a new one, with its generated tokens in the prompt. This has no effect here:
+the step's plan contains the instructions to read and their lengths.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ else:
 
 
 class ParadeModelRunnerV2Mixin(Base):
-    """Mixed into the class of the worker's model runner V2."""
+    """Mixin for the class of the worker's model runner V2."""
 
     parade: ParadeManager
 
@@ -32,13 +32,13 @@ class ParadeModelRunnerV2Mixin(Base):
         return state, None if plan_of(scheduler_output).readings else uniform_tokens
 
     def prepare_inputs(self, scheduler_output: "SchedulerOutput", *args: Any, **kwargs: Any) -> "InputBatch":
-        """Fill the step's metadata as soon as the batch has its order. Dummy runs never come here."""
+        """Fill the step's metadata once the batch has its order. Dummy runs do not call this method."""
         input_batch = super().prepare_inputs(scheduler_output, *args, **kwargs)
         self.parade.prepare(plan_of(scheduler_output), input_batch.req_ids, scheduler_output.num_scheduled_tokens)
         return input_batch
 
     def execute_model(self, *args: Any, dummy_run: bool = False, **kwargs: Any) -> Any:
-        """Run a step; one without requests must not read the last step's instructions again."""
+        """Run a step. A dummy run must not read the instructions of the last step again, so it clears the metadata."""
         if dummy_run:
             self.parade.batch.clear()
         return super().execute_model(*args, dummy_run=dummy_run, **kwargs)

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The adapters that a worker holds: all of them in host memory, those that the scheduler has given a slot on the device
-too."""
+"""The adapters of a worker: all in host memory, and those that have a slot also on the device."""
 
 from collections.abc import Collection, Mapping, Sequence
 
@@ -12,10 +11,10 @@ from vllm_parade.ops.packed import GeneratorLayout, PackedGenerators, max_entrie
 
 
 class AdapterSlots:
-    """Host memory is filled on request of the front end, slots as the scheduler's plans say.
+    """The front end decides which adapters are in host memory; the scheduler's plans decide which are in slots.
 
-    The slots are one tensor, allocated once and copied into. So memory is known before the first request, and CUDA
-    graphs find weights at addresses that never change.
+    The slots are one tensor, allocated at startup. So device memory is known before the first request, and the weights'
+    addresses never change, as CUDA graphs require.
     """
 
     def __init__(
@@ -27,18 +26,18 @@ class AdapterSlots:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        """Room for `num_slots` adapters whose r is at most `max_rank`."""
+        """Allocate slots for `num_slots` adapters whose r is at most `max_rank`."""
         self.layers, self.shape = layers, shape
         self.width = layers[0].table.shape[1]
         entries = max_entries(len(layers), shape.hidden_size, self.width, max_rank)
         self.flat = torch.empty(num_slots, entries, device=device, dtype=dtype)
         """[slots, entries]"""
         self.host: dict[str, PackedGenerators] = {}
-        """This rank's part of each adapter in the model's dtype, by content hash."""
+        """This rank's part of each adapter, in the model's dtype, by content hash."""
         self.contents: list[str | None] = [None] * num_slots
         """Content hash of the adapter in each slot. No step reads a slot that holds another adapter."""
-        # Copies run beside the step that computes: on a stream of their own, with an event of what last read a slot,
-        # and one of what was copied into it and nobody has read yet.
+        # Copies run on their own stream, while the current step computes. Each slot has an event of the last step that
+        # read it, and one of the last copy into it until a step has waited for that copy.
         self._copies = torch.cuda.Stream(device) if self.flat.is_cuda else None
         self._last_read: list[torch.Event | None] = [None] * num_slots
         self._copied: dict[int, torch.Event] = {}
@@ -50,10 +49,10 @@ class AdapterSlots:
         return self.flat.nbytes
 
     def add(self, adapter: Adapter) -> None:
-        """Hold an adapter in host memory.
+        """Store an adapter in host memory.
 
         Raises:
-            AdapterError: the model's dtype cannot hold it; nothing has changed.
+            AdapterError: a weight overflows in the model's dtype. Nothing has changed.
         """
         generators = [layer.shard(adapter, self.shape) for layer in self.layers]
         layout = GeneratorLayout.of(adapter.config, self.shape.hidden_size, self.width)
@@ -61,20 +60,20 @@ class AdapterSlots:
         self.host[adapter.content_hash] = packed
 
     def remove(self, content_hash: str) -> None:
-        """Free an adapter's host memory. Its slot keeps the copy until another adapter gets the slot."""
+        """Free an adapter's host memory. A copy in a slot stays until another adapter gets the slot."""
         self.host.pop(content_hash, None)
 
     def activate(self, slots: Mapping[str, int]) -> None:
-        """Before a step is queued: copy what the step reads into the slots that do not hold it yet.
+        """Copy the adapters that a step reads into slots that do not hold them yet. Called before the step is queued.
 
-        The host waits for nothing. A copy waits for the steps that read what was in its slot before; the step waits
-        for the copies that it reads, also those made by `prefetch`.
+        The host does not wait. A copy waits for the steps that read the slot's previous adapter. The step waits for the
+        copies that it reads, including those of `prefetch`.
 
         Args:
             slots: slot of each adapter that the step reads, by content hash
 
         Raises:
-            KeyError: an adapter is not in host memory. The front end loads adapters before their first request.
+            KeyError: an adapter is not in host memory. The front end should have loaded it before its first request.
         """
         new = {slot: self.host[name] for name, slot in slots.items() if self.contents[slot] != name}
         if self._copies is not None:
@@ -91,14 +90,14 @@ class AdapterSlots:
                 compute.wait_event(self._copied.pop(slot))
 
     def prefetch(self, slots: Mapping[str, int]) -> None:
-        """When a step's inputs are queued: copy adapters that later steps read into slots that this step does not read.
+        """Copy adapters of later steps into slots that this step does not read. Called once its inputs are queued.
 
-        The host waits for nothing. The copies wait until the step has its inputs, and so for the steps before it: they
-        are large, and inputs, which are small, would wait behind them, with the whole step.
+        The host does not wait. The copies wait for the copies of the step's inputs, and so for all earlier steps.
+        Otherwise the small inputs, and with them the step, would wait behind these large copies.
 
         Args:
-            slots: slot of each adapter, the one that is needed first being the first. An adapter that is not in host
-                memory any more, since its request was aborted, is passed over.
+            slots: slot of each adapter by content hash, in the order in which the adapters are needed. Adapters that
+                are no longer in host memory, because their request was aborted, are skipped.
         """
         coming = {name: slot for name, slot in slots.items() if self.contents[slot] != name and name in self.host}
         if coming and self._copies is not None:
