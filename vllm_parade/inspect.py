@@ -36,7 +36,7 @@ def vectors(model: Any, tokenizer: Any, prompts: Sequence[list[int]], batch_size
         batch = pad_left(prompts[start : start + batch_size], tokenizer.pad_token_id, model.device)
         with torch.no_grad():
             cache = model(**batch, use_cache=True, logits_to_keep=1).past_key_values
-        for layer, part in getattr(cache, ARGUMENT).vectors.items():
+        for layer, part in getattr(cache, ARGUMENT).last_vectors().items():
             parts.setdefault(layer, []).append(part.float().cpu())
     return {layer: torch.cat(found) for layer, found in parts.items()}
 

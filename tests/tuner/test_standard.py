@@ -95,7 +95,7 @@ def vectors_of(model: Any) -> dict[int, torch.Tensor]:
     """Every layer's vectors of a batch's prompts."""
     prompts = {name: tensor[:, :12] for name, tensor in batch(3).items() if name != "labels"}
     with torch.no_grad():
-        return model(**prompts, use_cache=True).past_key_values.parade_instruction.vectors
+        return model(**prompts, use_cache=True).past_key_values.parade_turns.last_vectors()
 
 
 def test_a_standardized_adapter_changes_no_answer_before_it_is_trained() -> None:

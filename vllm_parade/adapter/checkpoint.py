@@ -20,7 +20,15 @@ from vllm_parade.adapter.validation import DEFAULT_LAYERS_PATH, check_config, ch
 from vllm_parade.adapter.weights import BaseModelShape, GeneratorWeights
 
 # The config keys that say how to compute; r, num_capsules and the layers stand in the tensors' names and shapes.
-HASHED_KEYS = ("pooler", "activation", "sites", "generator_input")
+HASHED_KEYS = (
+    "pooler",
+    "activation",
+    "sites",
+    "generator_input",
+    "instruction_start_tokens",
+    "instruction_end_tokens",
+    "instruction_max_tokens",
+)
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from vllm_parade.adapter.turns import TurnMarkers
 from vllm_parade.ops.reference import ACTIVATIONS, POOLERS
 
 PEFT_TYPE = "PARADE"
@@ -47,6 +48,13 @@ class AdapterConfig:
     layers_to_transform: tuple[int, ...] | None = None
     """Layer numbers that carry a generator; None means all."""
 
+    instruction_start_tokens: tuple[int, ...] | None = None
+    """Token ids that begin a turn; None means that the whole prompt is one instruction."""
+    instruction_end_tokens: tuple[int, ...] | None = None
+    """Token ids that end the instruction of a turn."""
+    instruction_max_tokens: int | None = None
+    """Largest number of tokens in an instruction of a turn; None for no limit."""
+
     def __post_init__(self) -> None:
         for name in ("r", "num_capsules"):
             value = getattr(self, name)
@@ -58,6 +66,7 @@ class AdapterConfig:
         self._check_choice("activation", tuple(ACTIVATIONS))
         self._check_choice("generator_input", GENERATOR_INPUTS)
         self._check_lists()
+        self._check_markers()
         self._check_peft_keys()
 
     def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
@@ -79,6 +88,33 @@ class AdapterConfig:
         if not whole or not layers or len(set(layers)) < len(layers):
             raise AdapterError(f"layers_to_transform is {layers!r}; expected different layer numbers, or null")
         object.__setattr__(self, "layers_to_transform", tuple(sorted(layers)))
+
+    def _check_markers(self) -> None:
+        names = ("instruction_start_tokens", "instruction_end_tokens")
+        for name in names:
+            tokens = getattr(self, name)
+            if tokens is None:
+                continue
+            whole = isinstance(tokens, (list, tuple)) and all(type(token) is int and token >= 0 for token in tokens)
+            if not whole or not tokens:
+                raise AdapterError(f"{name} is {tokens!r}; expected a list of token ids, or null")
+            object.__setattr__(self, name, tuple(tokens))
+        given = [name for name in names if getattr(self, name) is not None]
+        if len(given) == 1:
+            (missing,) = set(names) - set(given)
+            raise AdapterError(f"{given[0]} is given without {missing}; give both or neither")
+        most = self.instruction_max_tokens
+        if most is not None and (type(most) is not int or most < 1):
+            raise AdapterError(f"instruction_max_tokens is {most!r}; expected a positive whole number, or null")
+        if most is not None and not given:
+            raise AdapterError(f"instruction_max_tokens is {most}, but there are no {names[0]}; give them or drop it")
+
+    @property
+    def turn_markers(self) -> TurnMarkers | None:
+        """How the adapter marks its instructions; None means that the whole prompt is one instruction."""
+        if self.instruction_start_tokens is None or self.instruction_end_tokens is None:
+            return None
+        return TurnMarkers(self.instruction_start_tokens, self.instruction_end_tokens, self.instruction_max_tokens)
 
     def _check_peft_keys(self) -> None:
         for name in ("base_model_name_or_path", "task_type", "revision"):
@@ -105,6 +141,5 @@ class AdapterConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The content of `adapter_config.json`."""
-        layers = self.layers_to_transform
-        lists = {"sites": list(self.sites), "layers_to_transform": None if layers is None else list(layers)}
-        return {"peft_type": PEFT_TYPE, **asdict(self), **lists}
+        values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        return {"peft_type": PEFT_TYPE, **values}

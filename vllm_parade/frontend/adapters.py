@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 
+from vllm_parade.adapter.turns import TurnMarkers
 from vllm_parade.config import ServingConfig
 from vllm_parade.request import ParadeRequest
 
@@ -43,6 +44,7 @@ class AdapterRegistry:
         self.arriving = 0
         """Number of requests with a loaded adapter that the engine does not yet count as unfinished."""
         self._hashes: OrderedDict[AdapterKey, str] = OrderedDict()
+        self._markers: dict[str, TurnMarkers] = {}
         self._in_use: set[AdapterKey] = set()
         self._pinned: set[AdapterKey] = set()
 
@@ -74,6 +76,10 @@ class AdapterRegistry:
         if key not in self._hashes:
             raise VLLMValidationError(f"adapter {request.parade_name!r} ({request.parade_path}) is not loaded")
         return self._hashes[key]
+
+    def turn_markers(self, content_hash: str) -> TurnMarkers | None:
+        """How a resident adapter marks its instructions. None if a whole prompt is its instruction."""
+        return self._markers.get(content_hash)
 
     def keep_in_use(self, keys: Collection[AdapterKey]) -> None:
         """Mark these adapters, and no others, as used by unfinished requests."""
@@ -136,7 +142,10 @@ class AdapterRegistry:
             self._note_stale(held)
             raise VLLMValidationError(f"adapter {request.parade_name!r}: {errors[0]}")
         left = {self._hashes.pop(key) for key in evicted}
-        self._hashes[key_of(request)] = held.pop()
+        content_hash = self._hashes[key_of(request)] = held.pop()
+        if markers := answers[0].get("turn_markers"):
+            start, end, most = markers
+            self._markers[content_hash] = TurnMarkers(tuple(start), tuple(end), most)
         self._note_stale(left)
         self._in_use.add(key_of(request))
         logger.info("Loaded PARADE adapter %r from %s", request.parade_name, request.parade_path)
@@ -144,6 +153,8 @@ class AdapterRegistry:
     def _note_stale(self, content_hashes: set[str]) -> None:
         # The same content may be resident under another name.
         self.stale = (self.stale | content_hashes) - set(self._hashes.values())
+        for content_hash in self.stale:
+            self._markers.pop(content_hash, None)
 
 
 def key_of(request: ParadeRequest) -> AdapterKey:

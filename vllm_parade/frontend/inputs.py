@@ -1,31 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """Turns a ParadeRequest into an instruction for the engine core. All requests pass here, offline and online."""
 
-import hashlib
-import uuid
-from array import array
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from vllm.exceptions import VLLMValidationError
 
+from vllm_parade.adapter.turns import find_turns, turn_digests
 from vllm_parade.config import ServingConfig, step_tokens
 from vllm_parade.frontend.adapters import AdapterRegistry
 from vllm_parade.frontend.signatures import argument, with_argument
-from vllm_parade.request import EXTRA_ARGS_KEY, Instruction, ParadeRequest
+from vllm_parade.request import EXTRA_ARGS_KEY, Conversation, Instruction, ParadeRequest
 
 if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreRequest
     from vllm.v1.engine.input_processor import InputProcessor
 
-# Secret, so that a client's own cache_salt cannot match the salt of keys and values under another tenant's adapter.
-_SECRET = uuid.uuid4().hex
+# In a request's `vllm_xargs`: the number of tokens, from the prompt's start, that hold its instructions.
+TOKENS_ARGUMENT = "parade_instruction_tokens"
 
 
 def process_inputs(
     wrapped: Callable[..., "EngineCoreRequest"], instance: "InputProcessor", args: tuple, kwargs: dict[str, Any]
 ) -> "EngineCoreRequest":
-    """Wraps InputProcessor.process_inputs: set the request's instruction and its cache salt."""
+    """Wraps InputProcessor.process_inputs: find the turns of a request under an adapter."""
     parade_request = argument(wrapped, args, kwargs, "lora_request")
     if ServingConfig.from_vllm_config(instance.vllm_config).enable_parade:
         _refuse_forged(argument(wrapped, args, kwargs, "params"))
@@ -36,12 +34,10 @@ def process_inputs(
     adapter = AdapterRegistry.of(instance).content_hash(parade_request)
     args, kwargs = with_argument(wrapped, args, kwargs, "lora_request", None)
     request = wrapped(*args, **kwargs)
-    instruction = _instruction(instance, request, parade_request, adapter)
+    conversation = _conversation(instance, request, parade_request, adapter)
     params = request.sampling_params
     # A new dict, because copies of the parameters share the old one (n > 1, callers that reuse them).
-    params.extra_args = {**(params.extra_args or {}), EXTRA_ARGS_KEY: instruction.to_extra_args()}
-    # Keys and values under an adapter depend on the whole instruction. Only requests with the same one may reuse them.
-    request.cache_salt = f"parade:{_SECRET}:{adapter}:{instruction.digest}:{request.cache_salt or ''}"
+    params.extra_args = {**(params.extra_args or {}), EXTRA_ARGS_KEY: conversation.to_extra_args()}
     return request
 
 
@@ -54,9 +50,9 @@ def _refuse_forged(params: Any) -> None:
         )
 
 
-def _instruction(
+def _conversation(
     processor: "InputProcessor", request: "EngineCoreRequest", parade_request: ParadeRequest, adapter: str
-) -> Instruction:
+) -> Conversation:
     name = parade_request.parade_name
     if request.sampling_params is None or request.prompt_token_ids is None:
         raise VLLMValidationError(f"adapter {name!r} applies to text generation from tokens only")
@@ -67,22 +63,38 @@ def _instruction(
             "send the prompt as text or tokens, or use the base model",
             parameter="prompt_embeds",
         )
-    prompt_tokens = len(request.prompt_token_ids)
-    tokens = parade_request.instruction_tokens or prompt_tokens
-    if tokens > prompt_tokens:
+    tokens = _prompt_part(request, parade_request)
+    markers = AdapterRegistry.of(processor).turn_markers(adapter)
+    turns = find_turns(tokens, markers)
+    longest, most = max(turn.end - turn.start for turn in turns), step_tokens(processor.vllm_config)
+    if longest > most:
+        what = "the prompt" if markers is None else "a message of the prompt"
         raise VLLMValidationError(
-            f"instruction_tokens is {tokens}, but the prompt has {prompt_tokens} tokens",
+            f"{what} has {longest} tokens, but adapter {name!r} must read it in one step of at most {most} tokens; "
+            "shorten it, or start the server with a larger --max-num-batched-tokens",
+            parameter="prompt",
+        )
+    digests = turn_digests(tokens, turns, request.cache_salt or "")
+    return Conversation(tuple(Instruction(adapter, *turn, d) for turn, d in zip(turns, digests, strict=True)))
+
+
+def _prompt_part(request: "EngineCoreRequest", parade_request: ParadeRequest) -> list[int]:
+    """The tokens in which the generators look for instructions: the prompt's first `instruction_tokens`, or all."""
+    prompt = request.prompt_token_ids
+    asked = (request.sampling_params.extra_args or {}).get(TOKENS_ARGUMENT)
+    if asked is not None and (type(asked) is not int or asked < 1):
+        raise VLLMValidationError(
+            f"{TOKENS_ARGUMENT} is {asked!r}; expected a positive whole number",
+            parameter=f"vllm_xargs.{TOKENS_ARGUMENT}",
+            value=asked,
+        )
+    tokens = parade_request.instruction_tokens or asked or len(prompt)
+    if tokens > len(prompt):
+        raise VLLMValidationError(
+            f"instruction_tokens is {tokens}, but the prompt has {len(prompt)} tokens",
             parameter="instruction_tokens",
             value=tokens,
         )
-    most = step_tokens(processor.vllm_config)
-    if tokens > most:
-        raise VLLMValidationError(
-            f"the prompt has {tokens} tokens, but adapter {name!r} must read it in one step of at most {most} "
-            "tokens; shorten it, or start the server with a larger --max-num-batched-tokens",
-            parameter="prompt",
-        )
     if parade_request.freeze_instruction:
         parade_request.instruction_tokens = tokens
-    digest = hashlib.sha256(array("q", request.prompt_token_ids[:tokens]).tobytes()).hexdigest()
-    return Instruction(adapter=adapter, tokens=tokens, digest=digest)
+    return prompt[:tokens]

@@ -47,13 +47,25 @@ class ParadeConfig(PeftConfig):
         default=None, metadata={"help": "Numbers of the layers that carry a generator; None means all."}
     )
 
+    instruction_start_tokens: list[int] | None = field(
+        default=None,
+        metadata={"help": "Token ids that begin a turn; None means that the whole prompt is one instruction."},
+    )
+    instruction_end_tokens: list[int] | None = field(
+        default=None, metadata={"help": "Token ids that end the instruction of a turn."}
+    )
+    instruction_max_tokens: int | None = field(
+        default=None, metadata={"help": "Largest number of tokens in an instruction of a turn; None for no limit."}
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.PARADE
         checked = self.adapter_config()
-        # In the order of the vectors, as the server reads them.
-        self.sites = list(checked.sites)
-        self.layers_to_transform = None if checked.layers_to_transform is None else list(checked.layers_to_transform)
+        # As saved: sites in the order of the vectors, and lists instead of tuples, which YAML and JSON lack.
+        for name, value in vars(checked).items():
+            if isinstance(value, tuple):
+                setattr(self, name, list(value))
 
     def adapter_config(self) -> AdapterConfig:
         """The same settings as the server knows them, checked."""

@@ -7,7 +7,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from vllm_parade.adapter.weights import GeneratorWeights
-from vllm_parade.tuner.instruction import BatchInstructions
+from vllm_parade.tuner.instruction import BatchTurns
 from vllm_parade.tuner.standard import DownProjection, Observed, Standard
 
 
@@ -31,7 +31,7 @@ class ParadeGenerator(nn.Module, BaseTunerLayer):
         super().__init__()
         self.layer_idx = layer_idx
         # Of the pass that is in this layer now.
-        self.instruction: BatchInstructions | None = None
+        self.turns: BatchTurns | None = None
         # While somebody looks at what would be read.
         self.observed: Observed | None = None
         self.down, self.up = nn.ModuleDict(), nn.ModuleDict()

@@ -1,46 +1,187 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a pass through the model carries along: which tokens are instruction, and the vectors read off them."""
+"""The turns of a batch: which tokens each instruction holds, and which vectors scale each token."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
+from vllm_parade.adapter.turns import Turn, TurnMarkers, find_turns
 from vllm_parade.tuner.attention import sequence_lengths
+
+NO_TOKENS = torch.zeros(0, dtype=torch.long)
+# The row of ones, which scales tokens of the base model.
+BASE_ROW = 0
 
 
 @dataclass(frozen=True)
-class BatchInstructions:
-    """A batch's instructions under an adapter. Travels as a keyword argument to every decoder layer, so that a layer
-    that is computed again, as with gradient checkpointing, finds what it found before; later on the KV cache."""
+class Prompt:
+    """The prompts of a call of `generate`."""
+
+    tokens: Tensor | None
+    """[batch, tokens] ids; None if the call gives embeddings."""
+    instruction_mask: Tensor | None
+
+    def mask(self, width: int) -> Tensor | None:
+        """Where instructions lie in a pass over `width` tokens: not in generated ones."""
+        mask = self.instruction_mask
+        if mask is None and self.tokens is not None:
+            mask = torch.ones_like(self.tokens)
+        return mask if mask is None else pad(mask, (0, width - mask.shape[1]))
+
+
+@dataclass(frozen=True)
+class BatchTurns:
+    """The turns of a batch under one adapter, for one pass.
+
+    Every decoder layer receives them as a keyword argument, so a layer that gradient checkpointing recomputes finds
+    the same turns. The KV cache carries them to later passes.
+    """
 
     adapter: str
-    mask: Tensor | None
-    """[batch, tokens] bool, True at the instruction's tokens, where this pass reads it; None in later passes."""
-    vectors: dict[int, Tensor] = field(default_factory=dict)
-    """By layer, [sequences, d_out]."""
-    lengths: tuple[int, ...] | None = None
-    """Of the sequences in a packed batch, which is one row; None where every row is a sequence."""
+    turns: tuple[tuple[Turn, ...], ...]
+    """By sequence; positions count from the sequence's first token, padding included."""
+    token_rows: Tensor
+    """[batch, tokens] int64, the table row that scales each token; [batch, 1] where one row scales a whole sequence."""
+    last_rows: Tensor
+    """[sequences, 1] int64, the table row of each sequence's last turn."""
+    instructions: Tensor = NO_TOKENS
+    """Positions in the flattened batch of the tokens that this pass reads, instruction by instruction."""
+    lengths: tuple[int, ...] = ()
+    """Number of tokens in each of these instructions."""
+    cached: dict[int, Tensor] = field(default_factory=dict)
+    """Tables of earlier passes, by layer."""
+    tables: dict[int, Tensor] = field(default_factory=dict)
+    """Vectors by layer, [1 + turns, d_out]; the first row holds ones."""
 
-    def sequences(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states and mask with a sequence in every row, [sequences, tokens, hidden] and [sequences, tokens]."""
-        assert self.mask is not None
-        mask = self.mask.to(hidden.device)
-        if self.lengths is None:
-            return hidden, mask
-        parts = (pad_sequence(part[0].split(self.lengths), batch_first=True) for part in (hidden, mask))
-        return next(parts), next(parts)
+    def read(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states of the instructions, padded to [instructions, tokens, hidden], and their mask."""
+        parts = hidden.flatten(0, 1)[self.instructions.to(hidden.device)].split(self.lengths)
+        padded = pad_sequence(list(parts), batch_first=True)
+        lengths = torch.tensor(self.lengths, device=hidden.device)
+        return padded, torch.arange(padded.shape[1], device=hidden.device) < lengths[:, None]
 
-    def of_tokens(self, vectors: Tensor) -> Tensor:
-        """Vectors [sequences, width] for the tokens of a batch: [batch, 1, width], or [1, tokens, width] if packed."""
-        if self.lengths is None:
-            return vectors[:, None]
-        return vectors.repeat_interleave(torch.tensor(self.lengths, device=vectors.device), dim=0)[None]
+    def write(self, layer_idx: int, vectors: Tensor) -> None:
+        """Keep the vectors that a layer generated, [instructions, d_out]."""
+        known = self.cached.get(layer_idx)
+        self.tables[layer_idx] = torch.cat([torch.ones_like(vectors[:1]) if known is None else known, vectors])
 
-    def read(self) -> "BatchInstructions":
-        """The same for passes that come after the one that read the instruction."""
-        return replace(self, mask=None)
+    def table(self, layer_idx: int) -> Tensor | None:
+        """A layer's vectors, [1 + turns, d_out]; None if the layer has none."""
+        return self.tables.get(layer_idx, self.cached.get(layer_idx))
+
+    def last_vectors(self) -> dict[int, Tensor]:
+        """By layer, the vectors of each sequence's last turn, [sequences, d_out]."""
+        return {layer: table[self.last_rows[:, 0].to(table.device)] for layer, table in self._all_tables().items()}
+
+    def later(self) -> "BatchTurns":
+        """The turns for a later pass, whose tokens all belong to the last turn of their sequence."""
+        return BatchTurns(self.adapter, self.turns, self.last_rows, self.last_rows, cached=self._all_tables())
+
+    def _all_tables(self) -> dict[int, Tensor]:
+        return {**self.cached, **self.tables}
+
+
+def batch_turns(
+    adapter: str,
+    markers: TurnMarkers | None,
+    tokens: Tensor | None,
+    prompts: Tensor,
+    lengths: tuple[int, ...] | None = None,
+    known: BatchTurns | None = None,
+    cached_tokens: int = 0,
+) -> BatchTurns:
+    """Find the turns of a batch.
+
+    Args:
+        adapter: its name
+        markers: how the adapter marks its instructions; None means that a whole prompt is one instruction
+        tokens: [batch, tokens] ids; needed only with markers
+        prompts: [batch, tokens] bool, where turns are looked for: not in padding or in generated tokens
+        lengths: number of tokens in each sequence of a packed batch; None where every row is a sequence
+        known: the turns of the tokens in the KV cache
+        cached_tokens: number of tokens in the KV cache; the pass holds those after it
+
+    Raises:
+        ValueError: a sequence without a prompt, or cached tokens whose turns differ from those that are found now.
+    """
+    if markers is not None and tokens is None:
+        raise ValueError("the adapter finds its turns by token ids; pass input_ids, not inputs_embeds")
+    sizes = lengths or (prompts.shape[1],) * len(prompts)
+    areas = prompts.flatten().split(sizes)
+    ids = areas if tokens is None else tokens.flatten().split(sizes)
+    found: list[tuple[Turn, ...]] = []
+    rows, last_rows, instructions, read = [], [], [], []
+    num_rows, offset = 1 if known is None else 1 + sum(map(len, known.turns)), 0
+    for number, (area, sequence, size) in enumerate(zip(areas, ids, sizes, strict=True)):
+        positions = area.nonzero()[:, 0]
+        if not len(positions):
+            raise ValueError(
+                "a row has no instruction token; every row needs at least one: a prompt before the first label, or a "
+                "mask"
+            )
+        # A beam search repeats each prompt and what is cached of it.
+        origin = 0 if known is None else number // (len(sizes) // len(known.turns))
+        cached = () if known is None else known.turns[origin]
+        compact = find_turns(sequence[positions].tolist(), markers)
+        turns = tuple(Turn(int(positions[turn.start]), int(positions[turn.end - 1]) + 1) for turn in compact)
+        _check_cached(turns, cached, cached_tokens)
+        row = torch.full((size,), BASE_ROW)
+        if known is not None:
+            row[:] = known.last_rows[origin]
+        for turn, place in list(zip(turns, compact, strict=True))[len(cached) :]:
+            row[0 if markers is None else turn.start :] = num_rows
+            num_rows += 1
+            instructions.append(positions[place.start : place.end].cpu() + offset - cached_tokens)
+            read.append(len(instructions[-1]))
+        found.append(turns)
+        last_rows.append(row[-1:])
+        rows.append(row[cached_tokens:])
+        offset += size - cached_tokens
+    last = torch.stack(last_rows)
+    one_row = markers is None and lengths is None
+    return BatchTurns(
+        adapter,
+        tuple(found),
+        token_rows=last if one_row else torch.cat(rows).view(len(prompts), -1),
+        last_rows=last,
+        instructions=torch.cat(instructions) if instructions else NO_TOKENS,
+        lengths=tuple(read),
+        cached={} if known is None else known.later().cached,
+    )
+
+
+def _check_cached(turns: tuple[Turn, ...], cached: tuple[Turn, ...], cached_tokens: int) -> None:
+    if turns[: len(cached)] == cached and all(turn.start >= cached_tokens for turn in turns[len(cached) :]):
+        return
+    raise ValueError(
+        f"the KV cache holds {cached_tokens} tokens with turns {_listed(cached)}, but the prompt has turns "
+        f"{_listed(turns)}; start with an empty cache"
+    )
+
+
+def _listed(turns: tuple[Turn, ...]) -> str:
+    return ", ".join(f"[{turn.start}, {turn.end})" for turn in turns)
+
+
+def check_labels(turns: BatchTurns, learnt: Tensor) -> None:
+    """Refuse labels inside an instruction, which the generators read.
+
+    Args:
+        learnt: [batch, tokens] bool, True where a token has a label
+
+    Raises:
+        ValueError: names the row and the token.
+    """
+    inside = learnt.flatten().cpu()[turns.instructions].nonzero()
+    if len(inside):
+        row, token = divmod(int(turns.instructions[inside[0, 0]]), learnt.shape[1])
+        raise ValueError(
+            f"row {row} has a label at token {token}, inside an instruction; generators would read what they learn to "
+            "answer: give instruction tokens the label -100"
+        )
 
 
 def packed_lengths(position_ids: Tensor | None, attention_mask: Tensor | None) -> tuple[int, ...] | None:
@@ -52,39 +193,29 @@ def packed_lengths(position_ids: Tensor | None, attention_mask: Tensor | None) -
 
 
 def before_labels(labels: Tensor, lengths: tuple[int, ...] | None = None) -> Tensor:
-    """The positions of each sequence before the first one that has a label, which is the response's first token.
+    """The positions of each sequence before its first label, [batch, tokens] bool.
 
     Args:
         labels: [batch, tokens], -100 where a token is not learnt
         lengths: of the sequences, where they are packed
-
-    Returns:
-        [batch, tokens] bool
     """
     if lengths is not None:
         return torch.cat([before_labels(part) for part in labels.split(lengths, dim=1)], dim=1)
     return (labels != -100).cumsum(dim=1) == 0
 
 
-def combined(
-    shape: torch.Size, device: torch.device, *masks: Tensor | None, lengths: tuple[int, ...] | None = None
-) -> Tensor:
+def combined(shape: torch.Size, device: torch.device, *masks: Tensor | None) -> Tensor:
     """Positions [batch, tokens] that all given masks show. A mask of fewer rows, as before a beam search repeats its
     prompts, is repeated row by row.
 
     Raises:
-        ValueError: a mask of another shape, or a sequence without any position.
+        ValueError: a mask of another shape.
     """
-    instruction = torch.ones(shape, dtype=torch.bool, device=device)
+    positions = torch.ones(shape, dtype=torch.bool, device=device)
     for mask in masks:
         if mask is None:
             continue
         if mask.ndim != 2 or mask.shape[1] != shape[1] or not len(mask) or shape[0] % len(mask):
             raise ValueError(f"mask has shape {tuple(mask.shape)}; expected [batch, tokens], {tuple(shape)}")
-        instruction &= mask.to(device).bool().repeat_interleave(shape[0] // len(mask), dim=0)
-    sequences = instruction if lengths is None else pad_sequence(instruction[0].split(lengths), batch_first=True)
-    if not sequences.any(dim=1).all():
-        raise ValueError(
-            "a row has no instruction token; every row needs at least one: a prompt before the first label, or a mask"
-        )
-    return instruction
+        positions &= mask.to(device).bool().repeat_interleave(shape[0] // len(mask), dim=0)
+    return positions

@@ -11,19 +11,29 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
+from vllm_parade.adapter.turns import TurnMarkers
 from vllm_parade.adapter.validation import check_config, check_tensors
 from vllm_parade.adapter.weights import BaseModelShape, adapted_layers, initial_generator
 from vllm_parade.ops.reference import generate
 from vllm_parade.tuner.config import ParadeConfig
 from vllm_parade.tuner.generator import ParadeGenerator
-from vllm_parade.tuner.instruction import BatchInstructions, before_labels, combined, packed_lengths
+from vllm_parade.tuner.instruction import (
+    BatchTurns,
+    Prompt,
+    batch_turns,
+    before_labels,
+    check_labels,
+    combined,
+    packed_lengths,
+)
 from vllm_parade.tuner.layout import layout_of
 from vllm_parade.tuner.standard import Observed
 
 GENERATOR = "parade_generator"
 # Names of what travels through the base model's keyword arguments, and on its KV cache.
-ARGUMENT = "parade_instruction"
+ARGUMENT = "parade_turns"
 MASK_ARGUMENT = "instruction_mask"
+LABELS_ARGUMENT = "parade_labels"
 # Standardized generators begin so much wider than others that what they pool is about one.
 WIDE = {"attentional_capsule": 10.0, "dynamic_routing": 10.0, "last_token": 3.0}
 
@@ -31,9 +41,11 @@ WIDE = {"attentional_capsule": 10.0, "dynamic_routing": 10.0, "last_token": 3.0}
 class ParadeModel(BaseTuner):
     """The `base_model` of a `PeftModel` with PARADE adapters.
 
-    The instruction of a row is the prompt: in training what comes before its first label, else all that the attention
-    mask shows; `instruction_mask` [batch, tokens] in `forward` and `generate` says otherwise. Vectors are generated in
-    the pass that reads the instruction and kept on the KV cache for those after it.
+    The instruction of a row is its prompt: in training the tokens before the first label, otherwise all tokens that the
+    attention mask shows. `instruction_mask` [batch, tokens] in `forward` and `generate` selects others. An adapter that
+    marks its instructions (`instruction_start_tokens`) has an instruction in every turn; in training, labels must not
+    lie inside one. Vectors are generated in the pass that reads the instruction. The KV cache carries them to later
+    passes.
 
     One adapter is active at a time. Modules are hooked, not replaced, so names of base parameters stay as they are.
     """
@@ -46,10 +58,10 @@ class ParadeModel(BaseTuner):
 
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         self._layout, self._shape = layout_of(model.config), BaseModelShape.from_hf_config(model.config)
-        self._prompt_mask: Tensor | None = None
+        self._prompt: Prompt | None = None
         backbone = model.get_submodule(self._layout.backbone)
         self._handles = [
-            model.register_forward_pre_hook(_default_instruction, with_kwargs=True),
+            model.register_forward_pre_hook(self._default_prompt, with_kwargs=True),
             backbone.register_forward_pre_hook(self._begin, with_kwargs=True),
             backbone.register_forward_hook(self._end, with_kwargs=True),
         ]
@@ -171,42 +183,77 @@ class ParadeModel(BaseTuner):
     # A pass through the model.
 
     def generate(self, *args: Any, instruction_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        """The base model's `generate`; vectors come from the prompt's pass and serve every later step.
+        """The base model's `generate`. Vectors are generated in the prompt's pass and serve every later step.
+
+        With a filled `past_key_values`, `input_ids` holds the whole conversation, and the turns of the cached tokens must
+        be those that the cache was filled with.
 
         Args:
-            instruction_mask: [batch, tokens], 1 at the prompt's tokens that the generators read; by default all
+            instruction_mask: [batch, tokens], 1 at the prompt's tokens in which instructions lie; by default all
 
         Raises:
-            ValueError: a prompt that would pass in chunks.
+            ValueError: the prompt would run in chunks, or its turns are not those of the cache.
         """
         model = cast(Any, self.model)
         settings = kwargs.get("generation_config") or model.generation_config
         if kwargs.get("prefill_chunk_size", getattr(settings, "prefill_chunk_size", None)):
             raise ValueError("prefill_chunk_size cuts the prompt, whose vectors are read off the whole of it; drop it")
-        self._prompt_mask = instruction_mask
+        tokens = next((t for t in (*args, kwargs.get("inputs"), kwargs.get("input_ids")) if t is not None), None)
+        self._prompt = Prompt(tokens, instruction_mask)
         try:
             return model.generate(*args, **kwargs)
         finally:
-            self._prompt_mask = None
+            self._prompt = None
 
     def _begin(self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        given = kwargs.pop(MASK_ARGUMENT, None)
+        given, labels = kwargs.pop(MASK_ARGUMENT, None), kwargs.pop(LABELS_ARGUMENT, None)
         if not self.active_adapters or self._any_generator().disable_adapters:
             return args, kwargs
         (adapter,) = self.active_adapters
+        tokens = next(t for t in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None)
         cache = kwargs.get("past_key_values")
-        if cache is not None and cache.get_seq_length() > 0:
-            instruction = _instruction_of(cache, adapter).read()
+        cached_tokens = 0 if cache is None else cache.get_seq_length()
+        if cached_tokens:
+            turns = self._continued(adapter, _turns_of(cache, adapter), tokens, cached_tokens, kwargs)
         else:
-            tokens = next(t for t in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None)
-            masks = kwargs.get("attention_mask"), self._prompt_mask if given is None else given
-            lengths = packed_lengths(kwargs.get("position_ids"), masks[0])
+            attended = kwargs.get("attention_mask")
+            lengths = packed_lengths(kwargs.get("position_ids"), attended)
             use_cache = kwargs.get("use_cache")
             if lengths and (cast(Any, backbone).config.use_cache if use_cache is None else use_cache):
                 raise ValueError("position_ids begin anew, as in a packed batch, which needs use_cache=False")
-            mask = combined(tokens.shape[:2], tokens.device, *masks, lengths=lengths)
-            instruction = BatchInstructions(adapter, mask, lengths=lengths)
-        return args, {**kwargs, ARGUMENT: instruction}
+            if given is None and self._prompt is not None:
+                given = self._prompt.mask(tokens.shape[1])
+            prompts = combined(tokens.shape[:2], tokens.device, attended, given)
+            ids = tokens if tokens.ndim == 2 else None
+            turns = batch_turns(adapter, self._markers(adapter), ids, prompts, lengths)
+        if labels is not None:
+            check_labels(turns, labels != -100)
+        return args, {**kwargs, ARGUMENT: turns}
+
+    def _continued(
+        self, adapter: str, known: BatchTurns, tokens: Tensor, cached_tokens: int, kwargs: dict[str, Any]
+    ) -> BatchTurns:
+        """The turns of a pass over a filled cache: new ones only in the first pass of `generate`."""
+        prompt, markers = self._prompt, self._markers(adapter)
+        width = cached_tokens + tokens.shape[1]
+        if markers is None or prompt is None or prompt.tokens is None or prompt.tokens.shape[1] != width:
+            return known.later()
+        ids = prompt.tokens.repeat_interleave(len(tokens) // len(prompt.tokens), dim=0)
+        prompts = combined(ids.shape, ids.device, kwargs.get("attention_mask"), prompt.mask(width))
+        return batch_turns(adapter, markers, ids, prompts, known=known, cached_tokens=cached_tokens)
+
+    def _markers(self, adapter: str) -> TurnMarkers | None:
+        return cast(ParadeConfig, self.peft_config[adapter]).adapter_config().turn_markers
+
+    def _default_prompt(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Keep responses that are learnt out of the instructions."""
+        labels = kwargs.get("labels")
+        if labels is None or kwargs.get(MASK_ARGUMENT) is not None or not self.active_adapters:
+            return args, kwargs
+        if self._markers(self.active_adapters[0]) is not None:
+            return args, {**kwargs, LABELS_ARGUMENT: labels}
+        lengths = packed_lengths(kwargs.get("position_ids"), kwargs.get("attention_mask"))
+        return args, {**kwargs, MASK_ARGUMENT: before_labels(labels, lengths)}
 
     def _end(self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         cache = getattr(output, "past_key_values", None)
@@ -220,60 +267,53 @@ class ParadeModel(BaseTuner):
         self, generator: ParadeGenerator, norm: nn.Module, args: tuple[Tensor, ...], output: Tensor
     ) -> None:
         """Generate the layer's vectors; the norm sees the layer's input and makes the attention's."""
-        instruction = generator.instruction
-        if instruction is None or instruction.mask is None or instruction.adapter not in generator.down:
+        turns = generator.turns
+        if turns is None or not turns.lengths or turns.adapter not in generator.down:
             return
-        config = cast(ParadeConfig, self.peft_config[instruction.adapter])
+        config = cast(ParadeConfig, self.peft_config[turns.adapter])
         hidden = args[0] if config.generator_input == "layer_input" else output
         if generator.observed is not None:
-            generator.observed.add(*instruction.sequences(hidden))
+            generator.observed.add(*turns.read(hidden))
             return
         # Rounded as the server rounds them: what is trained is what is served.
-        weights = generator.weights(instruction.adapter).to(hidden.device, hidden.dtype)
-        instruction.vectors[generator.layer_idx] = generate(
-            *instruction.sequences(hidden),
+        weights = generator.weights(turns.adapter).to(hidden.device, hidden.dtype)
+        vectors = generate(
+            *turns.read(hidden),
             **vars(weights),
             pooler=config.pooler,
             activation=config.activation,
             pooling_dtype=self.pooling_dtype,
         )
+        turns.write(generator.layer_idx, vectors)
 
     def _adjust(
         self, generator: ParadeGenerator, site: str, projection: nn.Module, args: Any, output: Tensor
     ) -> Tensor:
-        """Scale a projection's output by the rows' vectors; outside of an adjusted pass, leave it."""
-        instruction = generator.instruction
-        if instruction is None or generator.layer_idx not in instruction.vectors:
+        """Scale a projection's output by the vectors of each token's turn; outside of an adjusted pass, leave it."""
+        turns = generator.turns
+        table = None if turns is None else turns.table(generator.layer_idx)
+        if turns is None or table is None:
             return output
-        sites = cast(ParadeConfig, self.peft_config[instruction.adapter]).sites
+        sites = cast(ParadeConfig, self.peft_config[turns.adapter]).sites
         if site not in sites:
             return output
-        vectors = instruction.of_tokens(instruction.vectors[generator.layer_idx])
-        parts = vectors.split([self._shape.widths[name] for name in sites], dim=-1)
-        return self._layout.sites[site].scale(output, parts[sites.index(site)])
+        part = table.split([self._shape.widths[name] for name in sites], dim=-1)[sites.index(site)]
+        return self._layout.sites[site].scale(output, part[turns.token_rows.to(part.device)])
 
 
-def _instruction_of(cache: Any, adapter: str) -> BatchInstructions:
-    """What was read when a KV cache was filled."""
-    instruction: BatchInstructions | None = getattr(cache, ARGUMENT, None)
-    if instruction is None or instruction.adapter != adapter:
-        made = "without an adapter" if instruction is None else f"under adapter {instruction.adapter!r}"
+def _turns_of(cache: Any, adapter: str) -> BatchTurns:
+    """The turns of the tokens in a KV cache."""
+    turns: BatchTurns | None = getattr(cache, ARGUMENT, None)
+    if turns is None or turns.adapter != adapter:
+        made = "without an adapter" if turns is None else f"under adapter {turns.adapter!r}"
         raise ValueError(f"the KV cache was filled {made}, and {adapter!r} is active; begin with an empty one")
-    return instruction
-
-
-def _default_instruction(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Where responses are learnt, no generator may read them."""
-    if kwargs.get(MASK_ARGUMENT) is None and kwargs.get("labels") is not None:
-        lengths = packed_lengths(kwargs.get("position_ids"), kwargs.get("attention_mask"))
-        kwargs[MASK_ARGUMENT] = before_labels(kwargs["labels"], lengths)
-    return args, kwargs
+    return turns
 
 
 def _enter(generator: ParadeGenerator, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    generator.instruction = kwargs.pop(ARGUMENT, None)
+    generator.turns = kwargs.pop(ARGUMENT, None)
     return args, kwargs
 
 
 def _leave(generator: ParadeGenerator, layer: nn.Module, args: Any, output: Any) -> None:
-    generator.instruction = None
+    generator.turns = None

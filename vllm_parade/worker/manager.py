@@ -2,6 +2,7 @@
 """The worker's PARADE manager, the counterpart of vLLM's LoRA manager: adapters, vector tables and step metadata."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import astuple
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -53,8 +54,8 @@ class ParadeManager:
         """Read an adapter into host memory.
 
         Returns:
-            {"ok": True, "content_hash": ...} or {"ok": False, "error": ...}. An exception on one rank would leave the
-            replies of the other ranks unread.
+            {"ok": True, "content_hash": ..., "turn_markers": ...} or {"ok": False, "error": ...}. An exception on one
+            rank would leave the replies of the others unread.
         """
         try:
             adapter = load_adapter(path, self.shape, max_rank=self.config.max_parade_rank, sites=self.config.sites)
@@ -64,7 +65,8 @@ class ParadeManager:
         except Exception as error:
             logger.exception("Loading the adapter in %s failed", path)
             return {"ok": False, "error": f"{path}: {type(error).__name__}: {error}"}
-        return {"ok": True, "content_hash": adapter.content_hash}
+        markers = adapter.config.turn_markers
+        return {"ok": True, "content_hash": adapter.content_hash, "turn_markers": markers and astuple(markers)}
 
     def forget_adapters(self, content_hashes: Sequence[str]) -> None:
         """Free the host memory of adapters. Adapters that this worker does not hold are ignored."""
