@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Before vLLM is imported: engine core and worker stay in this process, where tests can look at them.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -18,8 +19,9 @@ from hypothesis import HealthCheck, settings
 
 from benchmarks.models import make_tokenizer
 from testing.oracle import Oracle
-from testing.random_models import INNER, make_adapter, make_tiny_model
+from testing.random_models import INNER, STRONG, make_adapter, make_tiny_model
 from tests.adapters import VARIANTS
+from tests.conversations import MARKERS
 from tests.engines import close_shared
 from tests.interpreter import INTERPRETED, install
 from tests.tasks import write_sst2
@@ -136,6 +138,22 @@ def tiny_variants(tmp_path_factory: pytest.TempPathFactory, tiny_shape: BaseMode
         name: make_adapter(folder / name, tiny_shape, seed, **{"inner": INNER, **kind})
         for seed, (name, kind) in enumerate(kinds.items())
     }
+
+
+@pytest.fixture(scope="session")
+def marked(tmp_path_factory: pytest.TempPathFactory, tiny_shape: BaseModelShape) -> list[ParadeRequest]:
+    """Random strong adapters for the tiny model that mark the turns of `tests.conversations`."""
+    folder = tmp_path_factory.mktemp("marked")
+    kinds: dict[str, dict[str, Any]] = {
+        "turns": {},
+        # Its vectors depend on an instruction's last token alone.
+        "last_turns": {"pooler": "last_token", "strength": STRONG / 5},
+        "short_turns": {"instruction_max_tokens": 12},
+    }
+    return [
+        make_adapter(folder / name, tiny_shape, 50 + seed, inner=INNER, **MARKERS, **kind)
+        for seed, (name, kind) in enumerate(kinds.items())
+    ]
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from vllm.v1.metrics.stats import SchedulerStats
 
 # Prefix of a count's name in SchedulerStats and of its metric's name.
-PREFIX = "parade_row_"
+PREFIX = "parade_"
 
 
 @dataclass(frozen=True)
@@ -19,11 +19,11 @@ class RowCounts:
     only. vLLM's loggers read this field only with LoRA enabled, which PARADE refuses.
     """
 
-    hits: int = 0
-    """Requests whose vectors were in a row, so that no generator ran."""
-    misses: int = 0
-    """Requests for which the generators wrote a row."""
-    evictions: int = 0
+    row_hits: int = 0
+    """Instructions whose vectors were in a row, so that no generator ran for them."""
+    row_misses: int = 0
+    """Instructions for which the generators wrote a row."""
+    row_evictions: int = 0
     """Cached rows, used by no running request, that were given to another instruction."""
     shared_base_tokens: int = 0
     """Prompt tokens before the first turn of a request that were in the prefix cache."""
@@ -40,6 +40,6 @@ class RowCounts:
     def of(cls, stats: "SchedulerStats") -> "RowCounts | None":
         """The counts in a step's stats. None if it has none, as in stats that vLLM creates outside the scheduler."""
         carried = stats.running_lora_adapters
-        if PREFIX + "hits" not in carried:
+        if PREFIX + "row_hits" not in carried:
             return None
         return cls(**{field.name: carried[PREFIX + field.name] for field in fields(cls)})

@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The choke point of all requests, on vLLM's real input processor."""
 
-import hashlib
-import runpy
-
 import pytest
 import torch
 from vllm import SamplingParams
@@ -11,16 +8,15 @@ from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_parade import ParadeRequest
-from vllm_parade.frontend import inputs
+from vllm_parade.adapter.turns import Turn, turn_digests
 from vllm_parade.frontend.adapters import AdapterRegistry, run
 from vllm_parade.plugin import register
-from vllm_parade.request import EXTRA_ARGS_KEY, Instruction
+from vllm_parade.request import EXTRA_ARGS_KEY, Conversation, Instruction
 
 HASH = "c0ffee"
 PROMPT = {"type": "token", "prompt_token_ids": list(range(1, 11))}
-INSTRUCTION = Instruction(
-    HASH, tokens=10, digest=hashlib.sha256(b"".join(n.to_bytes(8, "little") for n in range(1, 11))).hexdigest()
-)
+# Token 5 begins a turn, token 7 ends its instruction.
+MARKERS = ((5,), (7,), None)
 
 
 @pytest.fixture
@@ -46,8 +42,9 @@ def processor(make_processor, request_a):
     return processor
 
 
-def loaded(processor, request, content=HASH):
-    run(AdapterRegistry.of(processor).load(request), lambda method, args: [{"ok": True, "content_hash": content}])
+def loaded(processor, request, content=HASH, markers=None):
+    answer = {"ok": True, "content_hash": content, "turn_markers": markers}
+    run(AdapterRegistry.of(processor).load(request), lambda method, args: [answer])
 
 
 def process(processor, adapter=None, prompt=PROMPT, params=None, **options):
@@ -60,48 +57,94 @@ def long_prompt(tokens):
     return {"type": "token", "prompt_token_ids": [1] * tokens}
 
 
+def instructions(request):
+    return Conversation.from_extra_args(request.sampling_params.extra_args).instructions
+
+
+def keys(*arguments, **options):
+    return [instruction.key for instruction in instructions(process(*arguments, **options))]
+
+
+def turns(*arguments, **options):
+    found = instructions(process(*arguments, **options))
+    return [(instruction.start, instruction.end) for instruction in found]
+
+
 def test_the_engine_core_learns_adapter_and_instruction(processor, request_a):
     request = process(processor, request_a)
-    assert Instruction.from_extra_args(request.sampling_params.extra_args) == INSTRUCTION
+    (digest,) = turn_digests(list(range(1, 11)), [Turn(0, 10)])
+    assert instructions(request) == (Instruction(HASH, 0, 10, digest),)
     assert request.lora_request is None
 
 
 def test_positional_arguments_are_understood(processor, request_a):
     request = processor.process_inputs("0", PROMPT, SamplingParams(), ("generate",), None, request_a)
-    assert Instruction.from_extra_args(request.sampling_params.extra_args) == INSTRUCTION
+    assert instructions(request) == instructions(process(processor, request_a))
 
 
-def test_a_shorter_instruction(processor):
+def test_a_shorter_instruction(processor, request_a):
     short = ParadeRequest("a", "/x/a", instruction_tokens=4)
-    request = process(processor, short, long_prompt(20))
-    assert Instruction.from_extra_args(request.sampling_params.extra_args).tokens == 4
+    assert turns(processor, short, long_prompt(20)) == [(0, 4)]
+    params = SamplingParams(extra_args={"parade_instruction_tokens": 4})
+    assert turns(processor, request_a, long_prompt(20), params) == [(0, 4)]
+    assert turns(processor, short, long_prompt(20), SamplingParams(extra_args={"parade_instruction_tokens": 9})) == [
+        (0, 4)
+    ]
 
 
-def test_salts_tell_apart_what_must_not_share(make_processor, request_a):
-    """Equal requests share keys and values; another adapter, instruction or user's salt has its own."""
+@pytest.mark.parametrize("tokens", [0, -1, 1.5, "4", True])
+def test_a_number_of_instruction_tokens_that_is_none(processor, request_a, tokens):
+    params = SamplingParams(extra_args={"parade_instruction_tokens": tokens})
+    with pytest.raises(VLLMValidationError, match="expected a positive whole number") as error:
+        process(processor, request_a, params=params)
+    assert error.value.parameter == "vllm_xargs.parade_instruction_tokens"
+
+
+def test_keys_tell_apart_what_must_not_share(make_processor, request_a):
+    """Equal requests share rows, keys and values; another adapter, instruction or client's salt has its own."""
     processor = make_processor(enable_parade=True)
     other = ParadeRequest("b", "/x/b")
     loaded(processor, request_a)
     loaded(processor, other, "f00d")
     short = ParadeRequest("a", "/x/a", instruction_tokens=9)
-
-    def salt(adapter, prompt=PROMPT):
-        return process(processor, adapter, prompt).cache_salt
-
     mine = {**PROMPT, "cache_salt": "mine"}
-    salts = [salt(request_a), salt(other), salt(short), salt(request_a, long_prompt(10)), salt(request_a, mine)]
-    assert len(set(salts)) == 5
-    assert [salt(request_a), salt(request_a, mine)] == [salts[0], salts[4]]
-    assert salts[4].endswith(":mine")
+    asked = [(request_a, PROMPT), (other, PROMPT), (short, PROMPT), (request_a, long_prompt(10)), (request_a, mine)]
+    found = [keys(processor, *one)[0] for one in asked]
+    assert len(set(found)) == 5
+    assert [keys(processor, *one)[0] for one in asked] == found
+    # The client's salt stays what it is.
+    assert process(processor, request_a, mine).cache_salt == "mine"
+    assert process(processor, request_a).cache_salt is None
 
 
-def test_a_client_cannot_name_the_salt_of_an_adapters_requests(processor, request_a, monkeypatch):
-    """A base request with such a salt would get keys and values that were computed under the adapter."""
-    mine = process(processor, request_a).cache_salt
-    # Another process makes another secret.
-    monkeypatch.setattr(inputs, "_SECRET", runpy.run_path(inputs.__file__)["_SECRET"])
-    assert process(processor, request_a).cache_salt != mine
-    assert process(processor, None, {**PROMPT, "cache_salt": "parade:x"}).cache_salt == "parade:x"
+def test_turns_of_an_adapter_that_marks_them(make_processor, request_a):
+    processor = make_processor(enable_parade=True)
+    loaded(processor, request_a, markers=MARKERS)
+    history = [1, 2, 5, 9, 7, 3, 3]
+    following = [*history, 5, 8, 7]
+    first, second = ({"type": "token", "prompt_token_ids": tokens} for tokens in (history, following))
+    assert turns(processor, request_a, first) == [(2, 5)]
+    assert turns(processor, request_a, second) == [(2, 5), (7, 10)]
+    assert keys(processor, request_a, second)[:1] == keys(processor, request_a, first)
+    assert turns(processor, ParadeRequest("a", "/x/a", instruction_tokens=7), second) == [(2, 5)]
+    # Without a marker the prompt is one turn.
+    assert turns(processor, request_a, long_prompt(6)) == [(0, 6)]
+
+
+def test_only_an_instruction_must_fit_into_a_step(make_processor, request_a):
+    processor = make_processor(enable_parade=True)
+    loaded(processor, request_a, markers=MARKERS)
+    prompt = [1] * 20 + [5] + [2] * 14 + [7] + [3] * 20
+    assert turns(processor, request_a, {"type": "token", "prompt_token_ids": prompt}) == [(20, 36)]
+    with pytest.raises(VLLMValidationError, match="a message of the prompt has 17 tokens.*one step of at most 16"):
+        process(processor, request_a, {"type": "token", "prompt_token_ids": [1, 5, *[2] * 15, 7, 3]})
+
+
+def test_a_longest_instruction_is_no_reason_to_refuse_a_prompt(make_processor, request_a):
+    processor = make_processor(enable_parade=True)
+    loaded(processor, request_a, markers=((5,), (7,), 16))
+    prompt = {"type": "token", "prompt_token_ids": [1, 5, *[2] * 30, 7]}
+    assert turns(processor, request_a, prompt) == [(17, 33)]
 
 
 def test_parameters_of_the_caller_stay_his(processor, request_a):
@@ -191,14 +234,10 @@ def test_beam_search_keeps_the_first_prompts_instruction(processor, request_a):
     """Its steps send generated tokens back as prompt; they are no instruction. The caller's request stays as it was."""
     beam = request_a.for_beam_search()
     for tokens in (5, 6, 7):
-        request = process(processor, beam, long_prompt(tokens))
-        assert Instruction.from_extra_args(request.sampling_params.extra_args).tokens == 5
+        assert turns(processor, beam, long_prompt(tokens)) == [(0, 5)]
     assert request_a.instruction_tokens is None
 
 
 def test_beam_search_may_outgrow_a_step(processor, request_a):
     beam = request_a.for_beam_search()
-    process(processor, beam, long_prompt(16))
-    assert (
-        Instruction.from_extra_args(process(processor, beam, long_prompt(17)).sampling_params.extra_args).tokens == 16
-    )
+    assert turns(processor, beam, long_prompt(16)) == turns(processor, beam, long_prompt(17)) == [(0, 16)]

@@ -72,8 +72,8 @@ def values():
 
 def test_counters_stand_at_zero_from_the_start(make_manager):
     make_manager()
-    assert list(served()) == ["vllm:parade_row_hits", "vllm:parade_row_misses", "vllm:parade_row_evictions"]
-    assert [metric.labels for metric in served().values()] == [LABELS] * 3
+    assert list(served()) == [f"vllm:parade_{name}" for name in vars(RowCounts())]
+    assert [metric.labels for metric in served().values()] == [LABELS] * len(vars(RowCounts()))
     assert values() == (0, 0, 0)
     for name in ("hits", "misses", "evictions"):
         assert REGISTRY.get_sample_value(f"vllm:parade_row_{name}_total", LABELS) == 0
@@ -97,7 +97,7 @@ def test_counters_follow_the_scheduler(make_manager):
 def test_counts_cross_to_another_process():
     encoded = MsgpackEncoder().encode(EngineCoreOutputs(scheduler_stats=stats((3, 5, 2))))
     outputs = MsgpackDecoder(EngineCoreOutputs).decode(encoded)
-    assert RowCounts.of(outputs.scheduler_stats) == RowCounts(hits=3, misses=5, evictions=2)
+    assert RowCounts.of(outputs.scheduler_stats) == RowCounts(row_hits=3, row_misses=5, row_evictions=2)
 
 
 def test_no_parade_no_counters(make_manager):

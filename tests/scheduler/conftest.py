@@ -63,7 +63,17 @@ class Engine:
     """Of the last step."""
 
     def add(
-        self, name, prompt, adapter=None, instruction=None, max_tokens=99, tokens=None, *, marked=False, salt="", **options
+        self,
+        name,
+        prompt,
+        adapter=None,
+        instruction=None,
+        max_tokens=99,
+        tokens=None,
+        *,
+        marked=False,
+        salt="",
+        **options,
     ):
         """A request with a prompt of `prompt` tokens, under an adapter or none, which marks its turns or does not."""
         tokens = tokens or [ord(name)] * prompt

@@ -22,9 +22,10 @@ logger = init_logger("vllm.parade.metrics")
 
 LABELS = ["model_name", "engine"]
 DOCUMENTATION = {
-    "hits": "Requests under an adapter whose vectors were in a row, so that no generator ran.",
-    "misses": "Requests under an adapter for which the generators ran.",
-    "evictions": "Cached rows that were overwritten for another instruction.",
+    "row_hits": "Instructions whose vectors were cached in a row, so that no generator ran for them.",
+    "row_misses": "Instructions that the generators read.",
+    "row_evictions": "Cached rows that were given to another instruction.",
+    "shared_base_tokens": "Prompt tokens before a request's first turn that were in the prefix cache.",
 }
 
 
@@ -76,10 +77,12 @@ class ParadeStatLogger(AggregateStatLoggerBase):
         """Log the counts since the last line. Without hits and misses, log nothing."""
         for engine_idx, counts in self.recorded.items():
             new = counts - self.logged[engine_idx]
-            asked = new.hits + new.misses
+            asked = new.row_hits + new.row_misses
             if asked:
                 text = "Engine %03d: PARADE row hits: %d, misses: %d, evictions: %d, hit rate: %.1f%%"
-                logger.info(text, engine_idx, new.hits, new.misses, new.evictions, 100 * new.hits / asked)
+                logger.info(
+                    text, engine_idx, new.row_hits, new.row_misses, new.row_evictions, 100 * new.row_hits / asked
+                )
         self.logged = dict(self.recorded)
 
     def log_engine_initialized(self) -> None:
