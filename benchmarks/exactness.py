@@ -31,6 +31,8 @@ ANSWER = 12
 TINY_LENGTHS = [1, 2, 3, 5, 8, 13, 15, 16, 17, 31, 32, 33, 47, 64, 65, 89, 100, 127, 128, 144, 200, 233, 256, 300]
 LENGTHS = sorted({*TINY_LENGTHS, *range(20, 701, 28)})[:48]
 """Lengths of prompts for a real model."""
+# Every prompt has turns of so many tokens, each with an instruction of a third of them, after two base tokens.
+TURN_TOKENS = 48
 
 
 def run_tiny(folder: Path, engine: dict[str, Any]) -> list[dict[str, Any]]:
@@ -38,6 +40,8 @@ def run_tiny(folder: Path, engine: dict[str, Any]) -> list[dict[str, Any]]:
     shape = make_tiny_model(folder / "tiny_llama")
     users: list[ParadeRequest | None] = [None]
     users += [make_adapter(folder / f"tiny_llama_random{n}", shape, n, inner=INNER) for n in range(NUM_ADAPTERS)]
+    markers = turn_markers(str(folder / "tiny_llama"))
+    users.append(make_adapter(folder / "tiny_llama_turns", shape, NUM_ADAPTERS, inner=INNER, **markers))
     asked = [(length, users[number % len(users)]) for number, length in enumerate(TINY_LENGTHS)]
     options = {"skip_tokenizer_init": True, "kv_cache_memory_bytes": 1 << 28, "max_model_len": 512, **engine}
     return compare(str(folder / "tiny_llama"), asked, "float32", options)
@@ -56,6 +60,8 @@ def run_model(
     requests = [ParadeRequest(Path(path).name, path) for path in adapters] or [
         make_adapter(folder / f"random{n}", shape, n, dtype=torch.bfloat16) for n in range(NUM_ADAPTERS)
     ]
+    markers = turn_markers(model)
+    requests.append(make_adapter(folder / "turns", shape, NUM_ADAPTERS, dtype=torch.bfloat16, **markers))
     asked = [(length, user) for length in LENGTHS for user in (None, *requests)]
     options = {"kv_cache_memory_bytes": 2 << 30, "max_model_len": 1024, **engine}
     return [record for dtype in dtypes for record in compare(model, asked, dtype, options)]
@@ -95,15 +101,36 @@ def _differences(oracle: Oracle, request: ParadeRequest | None, outputs: Sequenc
     }
 
 
+def turn_markers(model: str) -> dict[str, tuple[int, ...]]:
+    """Settings of an adapter that marks the turns of the gate's prompts."""
+    last = _vocabulary(model) - 1
+    return {"instruction_start_tokens": (last, last - 1), "instruction_end_tokens": (last - 2,)}
+
+
+def _vocabulary(model: str) -> int:
+    from transformers import AutoConfig
+
+    return int(AutoConfig.from_pretrained(model).vocab_size)
+
+
+def _prompt(model: str, length: int) -> list[int]:
+    """A random prompt with turns."""
+    vocabulary = _vocabulary(model)
+    tokens = random.Random(length).choices(range(vocabulary // 10, vocabulary - 3), k=length)
+    start, end = turn_markers(model).values()
+    for turn in range(2, length - TURN_TOKENS // 3, TURN_TOKENS):
+        tokens[turn : turn + len(start)] = start
+        tokens[turn + TURN_TOKENS // 3] = end[0]
+    return tokens
+
+
 def _answers(
     model: str, lengths: Sequence[int], requests: list[ParadeRequest | None], dtype: str, options: dict[str, Any]
 ) -> list[Any]:
     """An engine's outputs for random prompts of these lengths; shuts the engine down."""
-    from transformers import AutoConfig
     from vllm import LLM, SamplingParams
 
-    vocab = AutoConfig.from_pretrained(model).vocab_size
-    prompts = {length: random.Random(length).choices(range(vocab // 10, vocab), k=length) for length in lengths}
+    prompts = {length: _prompt(model, length) for length in lengths}
     adapters = {request.path for request in requests if request}
     llm = LLM(model, dtype=dtype, enable_parade=True, max_parades=max(len(adapters), 1), **options)
     outputs = llm.generate(

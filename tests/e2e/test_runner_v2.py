@@ -75,7 +75,7 @@ def test_preempted_requests_come_again_as_new_ones(tiny: str, adapters: list[Par
 
 
 def test_a_conversation_goes_on(tiny: str, marked: list[ParadeRequest]) -> None:
-    """A turn whose only new token is read as it would be decoded: a block's border lies before an instruction of one."""
+    """The last prompts have one or two new tokens, which V2 computes as it would decode them."""
     tokens = conversation(20, 40, 28, 20)
     whole = [tokens[:92], tokens, [*tokens, 500], [*tokens, 500, 501]]
     with engine(tiny, **OPTIONS, block_size=32, max_num_batched_tokens=64) as llm:

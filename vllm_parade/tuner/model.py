@@ -185,8 +185,8 @@ class ParadeModel(BaseTuner):
     def generate(self, *args: Any, instruction_mask: Tensor | None = None, **kwargs: Any) -> Any:
         """The base model's `generate`. Vectors are generated in the prompt's pass and serve every later step.
 
-        With a filled `past_key_values`, `input_ids` holds the whole conversation, and the turns of the cached tokens must
-        be those that the cache was filled with.
+        With a filled `past_key_values`, `input_ids` holds the whole conversation. Its cached tokens must have
+        the turns that the cache was filled with.
 
         Args:
             instruction_mask: [batch, tokens], 1 at the prompt's tokens in which instructions lie; by default all
