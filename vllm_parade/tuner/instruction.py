@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a pass through the model carries along: which tokens are instruction, and the vectors read off them."""
+"""State of a forward pass: which tokens are the instruction, and the vectors generated from them."""
 
 from dataclasses import dataclass, field, replace
 
@@ -12,19 +12,22 @@ from vllm_parade.tuner.attention import sequence_lengths
 
 @dataclass(frozen=True)
 class BatchInstructions:
-    """A batch's instructions under an adapter. Travels as a keyword argument to every decoder layer, so that a layer
-    that is computed again, as with gradient checkpointing, finds what it found before; later on the KV cache."""
+    """A batch's instructions under an adapter.
+
+    Every decoder layer gets them as a keyword argument, so gradient checkpointing recomputes a layer with the same
+    instructions. Later forward passes get them from the KV cache.
+    """
 
     adapter: str
     mask: Tensor | None
-    """[batch, tokens] bool, True at the instruction's tokens, where this pass reads it; None in later passes."""
+    """[batch, tokens] bool, True at the instruction's tokens. None in passes after the one that reads them."""
     vectors: dict[int, Tensor] = field(default_factory=dict)
-    """By layer, [sequences, d_out]."""
+    """[sequences, d_out] by layer number."""
     lengths: tuple[int, ...] | None = None
-    """Of the sequences in a packed batch, which is one row; None where every row is a sequence."""
+    """Lengths of the sequences in a packed batch, which is one row. None if every row is a sequence."""
 
     def sequences(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states and mask with a sequence in every row, [sequences, tokens, hidden] and [sequences, tokens]."""
+        """Hidden states [sequences, tokens, hidden] and mask [sequences, tokens], with one sequence per row."""
         assert self.mask is not None
         mask = self.mask.to(hidden.device)
         if self.lengths is None:
@@ -33,18 +36,18 @@ class BatchInstructions:
         return next(parts), next(parts)
 
     def of_tokens(self, vectors: Tensor) -> Tensor:
-        """Vectors [sequences, width] for the tokens of a batch: [batch, 1, width], or [1, tokens, width] if packed."""
+        """Expand vectors [sequences, width] to a batch's tokens: [batch, 1, width], or [1, tokens, width] if packed."""
         if self.lengths is None:
             return vectors[:, None]
         return vectors.repeat_interleave(torch.tensor(self.lengths, device=vectors.device), dim=0)[None]
 
     def read(self) -> "BatchInstructions":
-        """The same for passes that come after the one that read the instruction."""
+        """A copy for later passes, which do not read the instruction again."""
         return replace(self, mask=None)
 
 
 def packed_lengths(position_ids: Tensor | None, attention_mask: Tensor | None) -> tuple[int, ...] | None:
-    """Lengths of the sequences in a packed batch: one row without a mask, in which position ids begin anew."""
+    """Lengths of the sequences in a packed batch: one row without a mask, in which position ids restart. Else None."""
     if position_ids is None or attention_mask is not None or len(position_ids) != 1:
         return None
     lengths = sequence_lengths(position_ids)
@@ -52,11 +55,11 @@ def packed_lengths(position_ids: Tensor | None, attention_mask: Tensor | None) -
 
 
 def before_labels(labels: Tensor, lengths: tuple[int, ...] | None = None) -> Tensor:
-    """The positions of each sequence before the first one that has a label, which is the response's first token.
+    """Mask of the positions before each sequence's first label, which belongs to the response's first token.
 
     Args:
-        labels: [batch, tokens], -100 where a token is not learnt
-        lengths: of the sequences, where they are packed
+        labels: [batch, tokens], -100 at tokens without a label
+        lengths: lengths of the sequences in a packed batch
 
     Returns:
         [batch, tokens] bool
@@ -69,11 +72,12 @@ def before_labels(labels: Tensor, lengths: tuple[int, ...] | None = None) -> Ten
 def combined(
     shape: torch.Size, device: torch.device, *masks: Tensor | None, lengths: tuple[int, ...] | None = None
 ) -> Tensor:
-    """Positions [batch, tokens] that all given masks show. A mask of fewer rows, as before a beam search repeats its
-    prompts, is repeated row by row.
+    """Mask of the positions [batch, tokens] that are in all given masks.
+
+    The rows of a mask with fewer rows are repeated, as beam search repeats its prompts.
 
     Raises:
-        ValueError: a mask of another shape, or a sequence without any position.
+        ValueError: a mask has another shape, or a sequence has no position left.
     """
     instruction = torch.ones(shape, dtype=torch.bool, device=device)
     for mask in masks:
