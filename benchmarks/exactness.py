@@ -101,7 +101,7 @@ def _differences(oracle: Oracle, request: ParadeRequest | None, outputs: Sequenc
     }
 
 
-def turn_markers(model: str) -> dict[str, tuple[int, ...]]:
+def turn_markers(model: str) -> dict[str, Any]:
     """Settings of an adapter that marks the turns of the gate's prompts."""
     last = _vocabulary(model) - 1
     return {"instruction_start_tokens": (last, last - 1), "instruction_end_tokens": (last - 2,)}
