@@ -96,13 +96,13 @@ MUTATIONS = (
         f"{SCHEDULER}/scheduler.py",
         "if self._has_vectors(request, conversation.instructions[turn]):",
         "if True or self._has_vectors(request, conversation.instructions[turn]):",
-        ("tests/scheduler/test_turns.py", "tests/scheduler/test_random.py"),
+        ("tests/scheduler/test_turns.py",),
     ),
     Mutation(
         "prefix shortened once only",
         f"{SCHEDULER}/scheduler.py",
-        "        while (turn := conversation.turn_at(position)) >= 0",
-        "        if (turn := conversation.turn_at(position)) >= 0",
+        "blocks, position = manager.create_kv_cache_blocks(hit[0]), hit[1]",
+        "return manager.create_kv_cache_blocks(hit[0]), hit[1]",
         ("tests/scheduler/test_turns.py",),
     ),
     Mutation(
@@ -124,7 +124,7 @@ MUTATIONS = (
         f"{SCHEDULER}/chunks.py",
         "if turn >= 0 and not can_cross:",
         "if False and not can_cross:",
-        ("tests/scheduler/test_turns.py", "tests/scheduler/test_random.py"),
+        ("tests/scheduler/test_turns.py",),
     ),
     Mutation(
         "row given back before its step has run",
@@ -134,7 +134,7 @@ MUTATIONS = (
         "        if request.end >= request.conversation.start_of(turn + 1) and (request, turn) not in missing:\n"
         "            cache.pass_by(request.request_id, request.key(turn))\n"
         "    for request, turn in missing:\n",
-        ("tests/scheduler/test_turns.py", "tests/scheduler/test_random.py"),
+        ("tests/scheduler/test_turns.py",),
     ),
     Mutation(
         "siblings that all read",
@@ -148,7 +148,7 @@ MUTATIONS = (
         f"{SCHEDULER}/block_keys.py",
         "for instruction in turns)]",
         "for instruction in turns[:0])]",
-        ("tests/scheduler/test_shared_rows.py", "tests/scheduler/test_random.py"),
+        ("tests/scheduler/test_shared_rows.py", "tests/scheduler/test_turns.py"),
     ),
     Mutation(
         "patience without end",
