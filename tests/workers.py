@@ -4,20 +4,26 @@ from typing import Any
 
 import pytest
 
-# Test files of a group share an engine, or an application. Every other file is a group of its own.
-GROUPS = ("tests/cluster/test_application", "tests/e2e/smollm/")
+# Test files of a group share an engine, an application, or the process that others are forks of. Every other file is a
+# group of its own.
+FORKS = ("tests/e2e/test_async.py", "tests/e2e/test_parallel.py")
+GROUPS = {
+    "tests/cluster/test_application": "application",
+    "tests/e2e/smollm/": "smollm",
+    **dict.fromkeys(FORKS, "forks"),
+}
 # The longest groups, which start first. Of two workers, one must not wait for the other at the end.
-FIRST = (*GROUPS[:1], "tests/e2e/test_server.py", *GROUPS[1:], "tests/e2e/", "tests/train/")
+FIRST = ("application", "tests/e2e/test_server.py", "smollm", "forks", "tests/e2e/", "tests/train/")
 
 
 def group(test: str) -> str:
     """The group of a test, by its id."""
-    return next((start for start in GROUPS if test.startswith(start)), test.partition("::")[0])
+    return next((name for start, name in GROUPS.items() if test.startswith(start)), test.partition("::")[0])
 
 
 def rank(test: str) -> int:
     """The longer a test's group takes, the lower."""
-    return next((number for number, start in enumerate(FIRST) if test.startswith(start)), len(FIRST))
+    return next((number for number, start in enumerate(FIRST) if group(test).startswith(start)), len(FIRST))
 
 
 def make_scheduler(config: pytest.Config, log: Any) -> Any:
