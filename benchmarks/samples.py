@@ -26,6 +26,16 @@ class Points:
     singles: int = 30
     repeated: int = 512
     answer: int = 32
+    conversations: tuple[int, ...] = (1, 16)
+    crowd: int = 40
+    turns: int = 12
+    asked: int = 400
+    answered: int = 100
+    documents: tuple[int, ...] = (6000, 32000)
+    sharing: int = 8
+    question: int = 40
+    reply: int = 8
+    beside: int = 32
 
 
 TINY = Points(
@@ -38,6 +48,16 @@ TINY = Points(
     singles=4,
     repeated=40,
     answer=4,
+    conversations=(1, 2),
+    crowd=3,
+    turns=3,
+    asked=40,
+    answered=4,
+    documents=(64, 200),
+    sharing=3,
+    question=8,
+    reply=2,
+    beside=3,
 )
 
 

@@ -11,9 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from benchmarks.engine import COLLECTIVE, Variant, used_mib
+from benchmarks.beside import beside
+from benchmarks.conversations import conversations, crowd, documents, whole
+from benchmarks.engine import Variant, used_mib
 from benchmarks.report import Record
 from benchmarks.samples import Measured, spread
+from benchmarks.worker import COLLECTIVE
 
 ZIPF_EXPONENT = 1.0
 BEAM_WIDTH = 3
@@ -207,4 +210,9 @@ WORKLOADS: dict[str, Callable[[Measured], Iterator[Record]]] = {
     "table4": table4,
     "collectives": collectives,
     "launches": launches,
+    "conversations": conversations,
+    "whole": whole,
+    "crowd": crowd,
+    "documents": documents,
+    "beside": beside,
 }
