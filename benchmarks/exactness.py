@@ -27,10 +27,10 @@ from vllm_parade import ParadeRequest
 # Bound for the ratio of an adapter's error in bfloat16 to the base model's.
 BFLOAT16_BOUND = 1.5
 NUM_ADAPTERS = 3
-# Adapters of the tiny model that mark the turns of conversations, and how; tokens before each conversation, its messages
-# and the answers between them.
+# Number of the tiny model's adapters that mark turns, and their markers.
 NUM_MARKED = 2
 USER, ASSISTANT = [500, 501], [502, 503]
+# Numbers of tokens: those before the first turn, then messages and answers in turns.
 CONVERSATIONS = [(0, 9), (3, 30, 2, 40), (40, 20, 10, 7, 5, 1), (200, 90, 30, 100), (33, 40, 50, 60, 70, 80)]
 ANSWER = 12
 TINY_LENGTHS = [1, 2, 3, 5, 8, 13, 15, 16, 17, 31, 32, 33, 47, 64, 65, 89, 100, 127, 128, 144, 200, 233, 256, 300]
@@ -60,7 +60,7 @@ def run_tiny(folder: Path, engine: dict[str, Any]) -> list[dict[str, Any]]:
         Question(random.Random(length).choices(vocab, k=length), users[number % len(users)])
         for number, length in enumerate(TINY_LENGTHS)
     ]
-    markers = {"instruction_start_tokens": USER, "instruction_end_tokens": ASSISTANT}
+    markers: dict[str, Any] = {"instruction_start_tokens": USER, "instruction_end_tokens": ASSISTANT}
     for number in range(NUM_MARKED):
         marked = make_adapter(folder / f"tiny_llama_marked{number}", shape, 50 + number, inner=INNER, **markers)
         asked += [Question(_conversation(*lengths), marked, _conversation(0, 8)) for lengths in CONVERSATIONS]
@@ -153,7 +153,7 @@ def _answers(
         for question, output in zip(asked, outputs, strict=True)
         if question.then
     ]
-    outputs += generate(later)
+    outputs += generate(later) if later else []
     llm.llm_engine.engine_core.shutdown()
     return outputs, [question.request for question in (*asked, *later)]
 
