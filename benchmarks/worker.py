@@ -43,7 +43,7 @@ class WorkerExtension:
             prepare = manager.prepare
 
             def without_instructions(plan: Any, *args: Any, **kwargs: Any) -> Any:
-                return prepare(replace(plan, instructions={}), *args, **kwargs)
+                return prepare(replace(plan, readings={}), *args, **kwargs)
 
             manager.prepare = without_instructions
 
