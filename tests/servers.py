@@ -2,6 +2,9 @@
 
 import os
 import subprocess
+import sys
+
+import pytest
 
 from testing.server import START_TIMEOUT_S, VLLM
 
@@ -28,3 +31,18 @@ def run_to_the_end(*arguments: str) -> subprocess.CompletedProcess[str]:
         text=True,
         timeout=START_TIMEOUT_S,
     )
+
+
+def run_here(capfd: pytest.CaptureFixture[str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The same in this process, which has loaded vLLM already."""
+    from vllm.entrypoints.cli.main import main
+
+    code = 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [VLLM, *arguments])
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+    told = capfd.readouterr()
+    return subprocess.CompletedProcess(arguments, code, told.out + told.err)

@@ -108,7 +108,9 @@ def test_a_loaded_adapter_is_served_at_once(
     assert app.load(LATE, adapters[LATE].path).status_code == 200
 
 
+@pytest.mark.nightly
 def test_a_replica_that_joins_later_serves_what_was_loaded(app: Cluster, right: dict[str, Right]) -> None:
+    """It takes another engine's start. The successor of a replica that has died joins in the same way, in every run."""
     before = app.replicas()
     app.run(3)
     assert len(app.replicas()) == 3

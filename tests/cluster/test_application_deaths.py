@@ -97,3 +97,14 @@ def test_the_list_survives_coordinator_and_controller(
     # The same engines as before: none was replaced, and all follow the new coordinator.
     assert app.replicas() == before
     assert {answer.replica for answer in answers} == set(before)
+
+
+def test_a_replica_that_is_stopped_leaves_the_others_as_they_are(app: Cluster, right: dict[str, Right]) -> None:
+    before = app.replicas()
+    # Deployed once more as it is, then with one replica less.
+    app.run(2)
+    assert app.replicas() == before
+    app.run(1)
+    assert len(app.replicas()) == 1
+    assert app.replicas().items() < before.items()
+    check(FRESH, together(app.url, FRESH), right)

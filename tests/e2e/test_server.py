@@ -274,8 +274,10 @@ def test_bad_adapter_ends_the_command_with_one_line(smollm: str, tmp_path: Path)
     assert_refused(done, f"PARADE: {nowhere}: no such folder; expected a folder that holds adapter_config.json")
 
 
-def test_modules_without_enable_end_the_command_with_one_line(smollm: str, trained: dict[str, ParadeRequest]) -> None:
-    done = servers.run_to_the_end("serve", smollm, "--parade-modules", f"sst2={trained['sst2'].path}")
+def test_modules_without_enable_end_the_command_with_one_line(
+    smollm: str, trained: dict[str, ParadeRequest], capfd: pytest.CaptureFixture[str]
+) -> None:
+    done = servers.run_here(capfd, "serve", smollm, "--parade-modules", f"sst2={trained['sst2'].path}")
     assert_refused(done, "PARADE: --parade-modules needs --enable-parade; add it, or drop the modules")
 
 
@@ -288,10 +290,10 @@ def assert_refused(done: Any, message: str) -> None:
     assert sum("PARADE:" in line for line in lines) == 1, done.stdout
 
 
-def test_flags_are_in_the_help(smollm: str) -> None:
+def test_flags_are_in_the_help(capfd: pytest.CaptureFixture[str]) -> None:
     (text,) = texts("docs/index.md", f"{HERE}::test_flags_are_in_the_help", "bash")
     ((_, *words),) = commands(text)
-    done = servers.run_to_the_end(*words)
+    done = servers.run_here(capfd, *words)
     assert done.returncode == 0, done.stdout
     flags = ("enable-parade", "parade-modules", "max-parades", "max-cpu-parades", "max-parade-rank", "parade-sites")
     assert [flag for flag in flags if f"--{flag}" not in done.stdout] == []

@@ -21,23 +21,26 @@ from tests.engines import engine, greedy, prompts
 from tests.tuner.models import make
 from vllm_parade import ParadeRequest
 from vllm_parade.adapter import load_adapter
+from vllm_parade.train.__main__ import parse
 from vllm_parade.train.arguments import AdapterArguments, PromptTrainingArguments
-from vllm_parade.train.trainer import PromptTrainer, _check_fsdp, adapter_state
+from vllm_parade.train.trainer import PromptTrainer, _check_fsdp, adapter_state, train
 from vllm_parade.tuner import ParadeConfig
 
 STEPS = 30
 FLAGS = ["--per_device_train_batch_size", "4", "--learning_rate", "5e-3", "--dtype", "float32", "--eval_on_start"]
+FLAGS += ["--dataloader_pin_memory", "false"]
 
 
-def run(model: str, data: Path, output: Path, *flags: str, processes: int = 1) -> str:
+def run(model: str, data: Path, output: Path, *flags: str, processes: int = 0) -> None:
+    """Train in this process, or by the command in so many of its own."""
+    given = ["--model", model, "--task", "sst2", "--data", str(data), "--output_dir", str(output), *FLAGS, *flags]
+    if not processes:
+        train(*parse(given))
+        return
     several = ["torch.distributed.run", "--nproc_per_node", str(processes), "-m"] if processes > 1 else []
-    command = [sys.executable, "-m", *several, "vllm_parade.train", "--model", model]
-    command += ["--task", "sst2", "--data", str(data)]
-    done = subprocess.run(
-        [*command, "--output_dir", str(output), *FLAGS, *flags], capture_output=True, text=True, timeout=600
-    )
+    command = [sys.executable, "-m", *several, "vllm_parade.train", *given]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 def history(output: Path) -> list[dict[str, Any]]:
@@ -51,7 +54,7 @@ def adapter(small: str, sst2: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 def trained(model: str, data: Path, output: Path) -> Path:
     every = ["--eval_steps", "10", "--save_steps", "10"]
-    run(model, data, output, "--max_steps", str(STEPS), *every, "--base_name", "base")
+    run(model, data, output, "--max_steps", str(STEPS), *every, "--base_name", "base", processes=1)
     return output
 
 
@@ -143,7 +146,15 @@ def test_two_processes_train_the_adapter_of_one(small: str, sst2: Path, tmp_path
     for processes in (1, 2):
         output = tmp_path / str(processes)
         size = str(4 // processes)
-        run(small, sst2, output, *flags, "--per_device_train_batch_size", size, processes=processes)
+        run(
+            small,
+            sst2,
+            output,
+            *flags,
+            "--per_device_train_batch_size",
+            size,
+            processes=processes if processes > 1 else 0,
+        )
         found.append(safetensors.torch.load_file(output / "adapter_model.safetensors"))
     one, two = found
     assert one.keys() == two.keys()

@@ -67,18 +67,12 @@ def test_pictures(smollm: str, tmp_path: Path) -> None:
     (text,) = texts("docs/training.md", "tests/tuner/test_inspect.py::test_pictures", "bash")
     ((_, *words),) = commands(text, MODEL=smollm)
 
-    def run(*layers: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, *words, "--layers", *layers]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-
-    done = run("0", "29")
+    command = [sys.executable, *words, "--layers", "0", "29"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     for name in ("attention_layer0.png", "attention_layer29.png", "vectors.png"):
         assert (tmp_path / "pictures" / name).stat().st_size > 5000
     assert "vectors over prompts: spread 0.0" in done.stdout
-    refused = run("30")
-    assert refused.returncode == 1
-    assert "layer 30 has no vectors" in refused.stderr
 
 
 @pytest.fixture

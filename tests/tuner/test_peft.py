@@ -176,7 +176,8 @@ def test_deleting_adapters(model: Any) -> None:
     model.add_adapter("second", ParadeConfig(r=8))
     strengthen(model, 1, "second")
     model.set_adapter("second")
-    model.delete_adapter("second")
+    with pytest.warns(UserWarning, match="second was active which is now deleted"):
+        model.delete_adapter("second")
     assert list(model.peft_config) == ["default"]
     assert model.active_adapter == "default"
     assert torch.equal(logits(model), first)
