@@ -37,7 +37,7 @@ def described(markers: TurnMarkers | None, tokenizer: Any) -> str:
     """A sentence that says which tokens an adapter reads."""
     if markers is None:
         return "The generators read the whole prompt."
-    texts = (f"`{tokenizer.decode(list(tokens))!r}` (tokens {list(tokens)})" for tokens in (markers.start, markers.end))
+    texts = (f"`{tokenizer.decode(list(tokens))}` (tokens {list(tokens)})" for tokens in (markers.start, markers.end))
     most = "" if markers.max_tokens is None else f", at most its last {markers.max_tokens} tokens"
     return "In every turn of a conversation, the generators read the instruction: from {} to {}{}.".format(*texts, most)
 
