@@ -1,24 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine of a variant with its adapters, and the RPCs that a benchmark sends to its workers."""
+"""The engine of a variant with its adapters."""
 
 import fcntl
 import json
 import random
-import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.models import SIZES, SPECIAL_TOKENS, make_loras, make_model, make_parades
+from benchmarks.models import (
+    NUM_MARKER_TOKENS,
+    SIZES,
+    SPECIAL_TOKENS,
+    make_loras,
+    make_model,
+    make_parades,
+    turn_markers,
+)
 
 VARIANTS = ("base", "parade", "lora")
 NUM_LORAS = 8
 MAX_MODEL_LEN = 8704
+# For workloads with documents of 32,000 tokens.
+LONG_MODEL_LEN, LONG_WORKLOADS = 32768, {"documents", "beside"}
 MAX_NUM_SEQS = 256
 
 
@@ -53,65 +62,12 @@ class Settings:
         return {
             "load_format": "dummy",
             "dtype": "bfloat16",
-            "max_model_len": MAX_MODEL_LEN,
+            "max_model_len": LONG_MODEL_LEN if LONG_WORKLOADS & {*self.workloads} else MAX_MODEL_LEN,
             "max_num_seqs": MAX_NUM_SEQS,
             # As in a server. `Variant.step` also needs the requests' token timestamps.
             "disable_log_stats": False,
             "kv_cache_memory_bytes": int(self.kv_cache_gib * 2**30),
             **self.engine,
-        }
-
-
-# Names of the kernels and ops for communication between GPUs or CPU processes.
-COLLECTIVE = re.compile(
-    r"nccl|gloo:|shm_(all|send|recv)|cross_device|all_?reduce|all_?gather|reduce_?scatter|broadcast_?kernel",
-    re.IGNORECASE,
-)
-
-
-class WorkerExtension:
-    """Methods that vLLM adds to the workers (`worker_extension_cls`), for `collective_rpc`."""
-
-    def start_recording(self) -> None:
-        """Start the profiler."""
-        self.recorded = torch.profiler.profile()
-        self.recorded.start()
-
-    def stop_recording(self) -> dict[str, tuple[int, float]]:
-        """Stop the profiler; returns count and total microseconds by name of kernel (on CPUs, of op)."""
-        self.recorded.stop()
-        on_gpu = torch.cuda.is_available()
-        device = torch.profiler.DeviceType.CUDA if on_gpu else torch.profiler.DeviceType.CPU
-        ran: dict[str, tuple[int, float]] = {}
-        for event in self.recorded.events():
-            if event.device_type == device:
-                count, microseconds = ran.get(event.name, (0, 0.0))
-                more = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-                ran[event.name] = count + 1, microseconds + more
-        return ran
-
-    def parade_static(self, static: bool) -> None:
-        """Switch generators off or on. While they are off, rows keep their vectors, like static vectors."""
-        manager = self.model_runner.parade  # type: ignore[attr-defined]
-        manager.__dict__.pop("prepare", None)
-        if static:
-            prepare = manager.prepare
-
-            def without_instructions(plan: Any, *args: Any, **kwargs: Any) -> Any:
-                return prepare(replace(plan, instructions={}), *args, **kwargs)
-
-            manager.prepare = without_instructions
-
-    def allocated_bytes(self) -> int:
-        """Peak device memory of this worker's tensors, in bytes."""
-        return torch.cuda.max_memory_allocated()
-
-    def parade_bytes(self) -> dict[str, int]:
-        """Device memory of the vector tables and of the adapters' slots, in bytes."""
-        slots = self.model_runner.parade.slots  # type: ignore[attr-defined]
-        return {
-            "tables": sum(layer.table.nbytes for layer in slots.layers),
-            "slots": slots.device_bytes,
         }
 
 
@@ -126,13 +82,15 @@ class Variant:
         self.name, self.settings = settings.variant, settings
         folder = Path(settings.folder) / settings.size
         self.shape = make_model(folder, settings.size)
-        options: dict[str, Any] = {"worker_extension_cls": "benchmarks.engine.WorkerExtension"}
+        options: dict[str, Any] = {"worker_extension_cls": "benchmarks.worker.WorkerExtension"}
         if self.name == "parade":
-            capacity = max(settings.adapters, settings.slots)
+            capacity = max(settings.adapters + NUM_LORAS, settings.slots)
             options |= {"enable_parade": True, "max_parades": settings.slots, "max_cpu_parades": capacity}
         elif self.name == "lora":
             options |= {"enable_lora": True, "max_loras": NUM_LORAS, "max_lora_rank": 8}
         self.adapters = self._adapters(folder)
+        self.few = self._marked(folder) if self.name == "parade" else self.adapters
+        """Adapters for conversations: as many as there are LoRA adapters. Those of PARADE mark their turns."""
         self.keyword = "lora_request" if self.name == "lora" else "parade_request"
         self._random = random.Random(0)
         self.turn = Turn(settings.turns)
@@ -153,10 +111,25 @@ class Variant:
             return [LoRARequest(f"l{number}", number + 1, path) for number, path in enumerate(paths)]
         return []
 
+    def _marked(self, folder: Path) -> list[Any]:
+        from vllm_parade import ParadeRequest
+
+        paths = make_parades(folder, self.shape, NUM_LORAS, "marked", **turn_markers(self.settings.size))
+        return [ParadeRequest(f"m{number}", path) for number, path in enumerate(paths)]
+
+    def words(self, length: int) -> list[int]:
+        """New random tokens; none of them is a marker."""
+        first, end = len(SPECIAL_TOKENS), SIZES[self.settings.size]["vocab_size"] - NUM_MARKER_TOKENS
+        return self._random.choices(range(first, end), k=length)
+
+    def message(self, length: int) -> list[int]:
+        """A new user message of `length` tokens, its start and end markers included."""
+        start, end = turn_markers(self.settings.size).values()
+        return [*start, *self.words(length - NUM_MARKER_TOKENS), *end]
+
     def prompts(self, batch: int, length: int) -> list[dict[str, list[int]]]:
         """New random prompts."""
-        words = range(len(SPECIAL_TOKENS), SIZES[self.settings.size]["vocab_size"])
-        return [{"prompt_token_ids": self._random.choices(words, k=length)} for _ in range(batch)]
+        return [{"prompt_token_ids": self.words(length)} for _ in range(batch)]
 
     def chosen(self, requests: Sequence[Any], batch: int) -> dict[str, Any]:
         """The keyword argument that assigns `requests` to the prompts of a batch in turn; empty for the base model."""
@@ -205,7 +178,7 @@ class Variant:
             return time.perf_counter() - started
 
     def set_static(self, static: bool) -> None:
-        """Switch the generators off (True) or on; see `WorkerExtension.parade_static`."""
+        """Switch the generators off (True) or on; see `worker.WorkerExtension`."""
         self.llm.collective_rpc("parade_static", args=(static,))
 
     def recorded(
@@ -215,6 +188,24 @@ class Variant:
         self.llm.collective_rpc("start_recording")
         self.run(batch, length, tokens, requests)
         return self.llm.collective_rpc("stop_recording")
+
+    def cache_tokens(self) -> int:
+        """Number of tokens that the KV cache holds."""
+        cache = self.llm.llm_engine.vllm_config.cache_config
+        return cache.num_gpu_blocks * cache.block_size
+
+    def step_tokens(self) -> int:
+        """Maximum number of tokens in a step."""
+        return self.llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
+
+    def rows(self) -> int | None:
+        """Number of rows of the vector tables; None without PARADE."""
+        if self.name != "parade":
+            return None
+        from vllm_parade.config import ServingConfig
+
+        config = self.llm.llm_engine.vllm_config
+        return ServingConfig.from_vllm_config(config).num_rows(config.scheduler_config.max_num_seqs)
 
     def allocated_mib(self) -> float | None:
         """Peak device memory of the first worker's tensors; None without a GPU."""

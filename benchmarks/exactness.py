@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,18 +27,43 @@ from vllm_parade import ParadeRequest
 # Bound for the ratio of an adapter's error in bfloat16 to the base model's.
 BFLOAT16_BOUND = 1.5
 NUM_ADAPTERS = 3
+# Number of the tiny model's adapters that mark turns, and their markers.
+NUM_MARKED = 2
+USER, ASSISTANT = [500, 501], [502, 503]
+# Numbers of tokens: those before the first turn, then messages and answers in turns.
+CONVERSATIONS = [(0, 9), (3, 30, 2, 40), (40, 20, 10, 7, 5, 1), (200, 90, 30, 100), (33, 40, 50, 60, 70, 80)]
 ANSWER = 12
 TINY_LENGTHS = [1, 2, 3, 5, 8, 13, 15, 16, 17, 31, 32, 33, 47, 64, 65, 89, 100, 127, 128, 144, 200, 233, 256, 300]
 LENGTHS = sorted({*TINY_LENGTHS, *range(20, 701, 28)})[:48]
 """Lengths of prompts for a real model."""
 
 
+class Question(NamedTuple):
+    """A prompt under an adapter or the base model."""
+
+    tokens: list[int]
+    request: ParadeRequest | None
+    then: Sequence[int] = ()
+    """Message that is sent next, behind prompt and answer, so that both are found in the cache; empty for none."""
+
+
 def run_tiny(folder: Path, engine: dict[str, Any]) -> list[dict[str, Any]]:
-    """Compare a tiny random model in float32. The prompts take the base model and the adapters in turn."""
+    """Compare a tiny random model in float32. The prompts take the base model and the adapters in turn.
+
+    Each conversation is sent under each adapter that marks its turns, and continued with another message.
+    """
     shape = make_tiny_model(folder / "tiny_llama")
     users: list[ParadeRequest | None] = [None]
     users += [make_adapter(folder / f"tiny_llama_random{n}", shape, n, inner=INNER) for n in range(NUM_ADAPTERS)]
-    asked = [(length, users[number % len(users)]) for number, length in enumerate(TINY_LENGTHS)]
+    vocab = range(51, 512)
+    asked = [
+        Question(random.Random(length).choices(vocab, k=length), users[number % len(users)])
+        for number, length in enumerate(TINY_LENGTHS)
+    ]
+    markers: dict[str, Any] = {"instruction_start_tokens": USER, "instruction_end_tokens": ASSISTANT}
+    for number in range(NUM_MARKED):
+        marked = make_adapter(folder / f"tiny_llama_marked{number}", shape, 50 + number, inner=INNER, **markers)
+        asked += [Question(_conversation(*lengths), marked, _conversation(0, 8)) for lengths in CONVERSATIONS]
     options = {"skip_tokenizer_init": True, "kv_cache_memory_bytes": 1 << 28, "max_model_len": 512, **engine}
     return compare(str(folder / "tiny_llama"), asked, "float32", options)
 
@@ -56,17 +81,26 @@ def run_model(
     requests = [ParadeRequest(Path(path).name, path) for path in adapters] or [
         make_adapter(folder / f"random{n}", shape, n, dtype=torch.bfloat16) for n in range(NUM_ADAPTERS)
     ]
-    asked = [(length, user) for length in LENGTHS for user in (None, *requests)]
+    vocab = AutoConfig.from_pretrained(model).vocab_size
+    prompts = [random.Random(length).choices(range(vocab // 10, vocab), k=length) for length in LENGTHS]
+    asked = [Question(prompt, user) for prompt in prompts for user in (None, *requests)]
     options = {"kv_cache_memory_bytes": 2 << 30, "max_model_len": 1024, **engine}
     return [record for dtype in dtypes for record in compare(model, asked, dtype, options)]
 
 
-def compare(
-    model: str, asked: Sequence[tuple[int, ParadeRequest | None]], dtype: str, options: dict[str, Any]
-) -> list[dict[str, Any]]:
+def _conversation(base: int, *lengths: int) -> list[int]:
+    """Random tokens: so many of the base model, then messages between markers and answers in turns."""
+    chosen = random.Random(str((base, *lengths)))
+    tokens = chosen.choices(range(51, 500), k=base)
+    for number, length in enumerate(lengths):
+        words = chosen.choices(range(51, 500), k=length)
+        tokens += words if number % 2 else [*USER, *words, *ASSISTANT]
+    return tokens
+
+
+def compare(model: str, asked: Sequence[Question], dtype: str, options: dict[str, Any]) -> list[dict[str, Any]]:
     """Compare an engine's answers with the oracle; returns a record for the base model and one per adapter."""
-    requests = [request for _, request in asked]
-    outputs = _answers(model, [length for length, _ in asked], requests, dtype, options)
+    outputs, requests = _answers(model, asked, dtype, options)
     oracle = Oracle(model, "cuda" if torch.cuda.is_available() else "cpu")
     records = []
     for request, mine in by_request(outputs, requests):
@@ -96,24 +130,32 @@ def _differences(oracle: Oracle, request: ParadeRequest | None, outputs: Sequenc
 
 
 def _answers(
-    model: str, lengths: Sequence[int], requests: list[ParadeRequest | None], dtype: str, options: dict[str, Any]
-) -> list[Any]:
-    """An engine's outputs for random prompts of these lengths; shuts the engine down."""
-    from transformers import AutoConfig
+    model: str, asked: Sequence[Question], dtype: str, options: dict[str, Any]
+) -> tuple[list[Any], list[ParadeRequest | None]]:
+    """An engine's outputs for all questions, then for their next messages, with their requests.
+
+    Shuts the engine down.
+    """
     from vllm import LLM, SamplingParams
 
-    vocab = AutoConfig.from_pretrained(model).vocab_size
-    prompts = {length: random.Random(length).choices(range(vocab // 10, vocab), k=length) for length in lengths}
-    adapters = {request.path for request in requests if request}
+    adapters = {question.request.path for question in asked if question.request}
     llm = LLM(model, dtype=dtype, enable_parade=True, max_parades=max(len(adapters), 1), **options)
-    outputs = llm.generate(
-        [{"prompt_token_ids": prompts[length]} for length in lengths],
-        SamplingParams(temperature=0, max_tokens=ANSWER, ignore_eos=True, logprobs=1, detokenize=False),
-        parade_request=requests,
-        use_tqdm=False,
-    )
+    params = SamplingParams(temperature=0, max_tokens=ANSWER, ignore_eos=True, logprobs=1, detokenize=False)
+
+    def generate(questions: Sequence[Question]) -> list[Any]:
+        prompts = [{"prompt_token_ids": question.tokens} for question in questions]
+        requests = [question.request for question in questions]
+        return llm.generate(prompts, params, parade_request=requests, use_tqdm=False)
+
+    outputs = generate(asked)
+    later = [
+        Question([*question.tokens, *output.outputs[0].token_ids, *question.then], question.request)
+        for question, output in zip(asked, outputs, strict=True)
+        if question.then
+    ]
+    outputs += generate(later) if later else []
     llm.llm_engine.engine_core.shutdown()
-    return outputs
+    return outputs, [question.request for question in (*asked, *later)]
 
 
 def failures(records: Sequence[dict[str, Any]]) -> list[str]:

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.engine import MAX_NUM_SEQS
 from benchmarks.models import SIZES
-from benchmarks.workloads import spread
+from benchmarks.samples import spread
 from vllm_parade.adapter import AdapterConfig, BaseModelShape, GeneratorWeights, initial_generator
 from vllm_parade.config import ServingConfig
 from vllm_parade.layers import BatchMetadata, ParadeLayer

@@ -16,7 +16,8 @@ from typing import Any
 
 from benchmarks.engine import Settings, Variant, used_mib
 from benchmarks.report import Record
-from benchmarks.workloads import WORKLOADS, Measured, touch
+from benchmarks.samples import Measured
+from benchmarks.workloads import WORKLOADS, touch
 
 MARK = "RESULT "
 STARTED = "RESULTS START"

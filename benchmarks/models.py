@@ -60,6 +60,8 @@ SIZES: dict[str, dict[str, Any]] = {
     },
 }
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")
+# The last ids of every vocabulary mark the turns of conversations; random words are none of them.
+NUM_MARKER_TOKENS = 4
 CHAT_TEMPLATE = "<s>{% for message in messages %} {{ message['content'] }} </s>{% endfor %}"
 LORA_MODULES = {
     "self_attn.q_proj": ("hidden", "q"),
@@ -102,15 +104,25 @@ def make_tokenizer(folder: Path, vocab_size: int) -> None:
     ).save_pretrained(folder)
 
 
-def make_parades(folder: Path, shape: BaseModelShape, count: int) -> list[str]:
+def turn_markers(size: str) -> dict[str, list[int]]:
+    """The keys of an adapter's config that mark turns, for a model size: two tokens each."""
+    tokens = list(range(SIZES[size]["vocab_size"]))[-NUM_MARKER_TOKENS:]
+    return {"instruction_start_tokens": tokens[:2], "instruction_end_tokens": tokens[2:]}
+
+
+def make_parades(folder: Path, shape: BaseModelShape, count: int, name: str = "parade", **config: Any) -> list[str]:
     """Write `count` PARADE adapters with different contents and the paper's settings (r = 12, four capsules, q, v, up).
 
     Existing adapters are kept, so a second run does not write them again.
+
+    Args:
+        name: first part of the folders' names
+        config: further keys of the adapters' config
     """
-    template = folder / "parade_template"
+    template = folder / f"{name}_template"
     if not (template / WEIGHTS_FILE).exists():
-        make_adapter(template, shape, 0, strength=0.02, dtype=torch.bfloat16)
-    paths = [folder / f"parade{number}" for number in range(count)]
+        make_adapter(template, shape, 0, strength=0.02, dtype=torch.bfloat16, **config)
+    paths = [folder / f"{name}{number}" for number in range(count)]
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(partial(_other_content, template), paths, range(count)))
     return [str(path) for path in paths]

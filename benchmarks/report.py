@@ -39,6 +39,19 @@ TABLES = {
     "repeat": Columns(("batch", "length"), ("ttft_ms",), ("ttft_ms_p20", "ttft_ms_p80", "first_ms")),
     "tenants": Columns(("adapters", "popularity"), others=("ttft_ms", "ttft_ms_p20", "ttft_ms_p80", "tokens_per_s")),
     "table4": Columns((), ("beam1_tokens_per_s", "beam3_tokens_per_s"), ("beam1_mib", "beam3_mib")),
+    "conversations": Columns(
+        ("conversations", "turns"),
+        ("ttft_sum_ms", "ttft_last_ms", "computed_tokens"),
+        ("ttft_sum_ms_p20", "ttft_sum_ms_p80", "rows", "fits_cache"),
+    ),
+    "documents": Columns(
+        ("document", "tenants"), ("first_ms", "ttft_ms"), ("ttft_ms_p20", "ttft_ms_p80", "computed_tokens")
+    ),
+    "beside": Columns(
+        ("running", "prompt", "step_tokens"),
+        ("longest_ms", "quiet_ms", "ttft_ms"),
+        ("longest_ms_p20", "longest_ms_p80", "step_ms", "steps", "served"),
+    ),
     "collectives": Columns(("rank",), ("count",)),
     "launches": Columns(("batch",), ("kernels", "busy_us")),
     "memory": Columns(

@@ -5,10 +5,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks.__main__ import parser
+from benchmarks.exactness import NUM_MARKED
+from benchmarks.samples import TINY
 from tests.benchmarks.records import saved, step
 
 ROOT = Path(__file__).parents[2]
@@ -37,8 +40,9 @@ POSITIVE = ("ttft_ms", "tokens_per_s", "beam1_tokens_per_s", "beam3_tokens_per_s
 def test_run_of_a_tiny_model(tmp_path: Path):
     out = tmp_path / "results.json"
     flags = ["--size", "tiny", "--folder", str(tmp_path), "--adapters", "4", "--slots", "2", "--repeats", "1"]
-    flags += ["--kv-cache-gib", "0.25", "--engine", '{"enforce_eager": true}', "--out", str(out)]
-    text = run_command("run", "decode", "prefill", "repeat", "launches", "tenants", "table4", *flags)
+    flags += ["--kv-cache-gib", "0.25", "--engine", '{"enforce_eager": true, "block_size": 32}', "--out", str(out)]
+    plain = ("decode", "prefill", "repeat", "launches", "tenants", "table4")
+    text = run_command("run", *plain, "conversations", "whole", "crowd", "documents", "beside", *flags)
     assert "### table4" in text
     content = json.loads(out.read_text())
     assert {"card", "torch", "vllm", "vllm_parade", "triton", "commit", "date"} <= set(content["machine"])
@@ -50,11 +54,31 @@ def test_run_of_a_tiny_model(tmp_path: Path):
     assert found >= {("table4", variant) for variant in ("base", "parade", "ia3", "lora")}
     assert found >= {("tenants", variant) for variant in ("base", "parade", "lora")}
     assert found >= {("loading", "parade"), ("memory", "parade"), ("exactness", "base")}
+    assert found >= {("exactness", f"tiny_llama_marked{number}") for number in range(NUM_MARKED)}
+    assert found >= {("beside", variant) for variant in variants}
+    check_reuse(content["results"])
     for record in content["results"]:
         for name, value in record.items():
             # A short run's prefill may outlast the whole answer's, so single samples of a step mean nothing.
             if name in POSITIVE:
                 assert value > 0, record
+
+
+def check_reuse(results: list[dict[str, Any]]) -> None:
+    """Turns and documents are computed again by those alone who cannot reuse them."""
+    computed: dict[tuple[Any, ...], dict[str, float]] = {}
+    for record in results:
+        if record["workload"] in ("conversations", "documents"):
+            point = (record["workload"], record.get("conversations"), record.get("document"))
+            computed.setdefault(point, {})[record["variant"]] = record["computed_tokens"]
+    prompts = sum(TINY.asked + number * (TINY.asked + TINY.answered) for number in range(TINY.turns))
+    for count in (*TINY.conversations, TINY.crowd):
+        tokens = computed["conversations", count, None]
+        assert tokens["parade"] == tokens["base"] == tokens["lora"] < count * prompts
+        assert tokens.get("parade-whole", count * prompts) == count * prompts
+    for length in TINY.documents:
+        tokens = computed["documents", None, length]
+        assert tokens["parade"] == tokens["base"] < tokens["lora"] == length + TINY.question
 
 
 def run_command(*arguments: str) -> str:

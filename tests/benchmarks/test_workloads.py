@@ -3,7 +3,8 @@
 
 import pytest
 
-from benchmarks.workloads import drawn, spread
+from benchmarks.samples import spread
+from benchmarks.workloads import drawn
 
 
 def test_spread_is_in_milliseconds():
