@@ -5,6 +5,10 @@
 
 The command prints how much the vectors depend on the prompt: their spread over the prompts, relative to their distance
 from one.
+
+A file of prompts that ends in .jsonl has conversations, {"messages": [{"role": ..., "content": ...}, ...]}, each read
+up to its last answer. Under an adapter that marks its instructions, every turn has an attention map of its instruction,
+and the vectors are those of the last turn.
 """
 
 import argparse
@@ -15,11 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_parade.adapter import BaseModelShape, load_adapter
+from vllm_parade.adapter import AdapterConfig, BaseModelShape, load_adapter
+from vllm_parade.adapter.turns import Turn, TurnMarkers, find_turns
 from vllm_parade.train.command import check_output_folder, naming, one_line_errors, require_modules
 from vllm_parade.train.data import encode_prompt, pad_left
 from vllm_parade.train.pretrained import load_model, load_model_config, load_tokenizer
-from vllm_parade.train.readers import read_text
+from vllm_parade.train.readers import as_example, read_text
 from vllm_parade.train.templates import TEMPLATES
 
 # As in the paper's figures.
@@ -28,7 +33,7 @@ SHOWN_ENTRIES = 512
 
 
 def vectors(model: Any, tokenizer: Any, prompts: Sequence[list[int]], batch_size: int = 64) -> dict[int, Tensor]:
-    """Vectors of all prompts by layer, each [prompts, d_out] float32 on the CPU."""
+    """Vectors of each prompt's last turn by layer, each [prompts, d_out] float32 on the CPU."""
     from vllm_parade.tuner.model import ARGUMENT
 
     parts: dict[int, list[Tensor]] = {}
@@ -55,35 +60,66 @@ def prompt_dependence(found: dict[int, Tensor]) -> dict[str, float]:
     return {"spread": spread, "distance": distance, "ratio": spread / distance if distance else 0.0}
 
 
-def attention_maps(model: Any, ids: list[int], layers: Sequence[int]) -> dict[int, Tensor]:
-    """Attention over the prompt's first `MAX_TOKENS` tokens by layer, each [heads, tokens, tokens]."""
-    tokens = torch.tensor([ids[:MAX_TOKENS]], device=model.device)
+def attention_maps(model: Any, ids: list[int], layers: Sequence[int], turn: Turn | None = None) -> dict[int, Tensor]:
+    """Attention by layer over the prompt's first `MAX_TOKENS` tokens, each [heads, tokens, tokens].
+
+    Args:
+        turn: over the first tokens of its instruction, within the whole prompt, instead
+    """
+    tokens = torch.tensor([ids[:MAX_TOKENS] if turn is None else ids[: turn.end]], device=model.device)
+    shown = slice(0, None) if turn is None else slice(turn.start, min(turn.end, turn.start + MAX_TOKENS))
     with torch.no_grad():
         attentions = model(input_ids=tokens, output_attentions=True).attentions
-    return {layer: attentions[layer][0].float().cpu() for layer in layers}
+    return {layer: attentions[layer][0, :, shown, shown].float().cpu() for layer in layers}
 
 
-def draw_attention(model: Any, ids: list[int], layers: Sequence[int], heads: Sequence[int], folder: Path) -> list[Path]:
-    """Draw one picture per layer: base model in the first row, adapter in the second, one column per head."""
+def draw_attention(
+    model: Any,
+    ids: list[int],
+    layers: Sequence[int],
+    heads: Sequence[int],
+    folder: Path,
+    markers: TurnMarkers | None = None,
+) -> list[Path]:
+    """Draw one picture per layer: base model in the first row, adapter in the second, one column per head.
+
+    With `markers`, there is one per layer and turn, which shows the turn's instruction.
+    """
+    parts: list[tuple[Turn | None, str, str]] = [(None, "", "")]
+    if markers is not None:
+        turns = find_turns(ids, markers)
+        parts = [
+            (
+                turn,
+                f"_turn{number}",
+                f", turn {number} of {len(turns)}, instruction from token {turn.start} to {turn.end}",
+            )
+            for number, turn in enumerate(turns, 1)
+        ]
+    paths = []
+    for turn, suffix, label in parts:
+        adapted = attention_maps(model, ids, layers, turn)
+        with model.disable_adapter():
+            plain = attention_maps(model, ids, layers, turn)
+        for layer in layers:
+            paths.append(folder / f"attention_layer{layer}{suffix}.png")
+            _draw_layer(plain[layer], adapted[layer], heads, f"layer {layer}{label}", paths[-1])
+    return paths
+
+
+def _draw_layer(plain: Tensor, adapted: Tensor, heads: Sequence[int], title: str, file: Path) -> None:
     from matplotlib import pyplot
 
-    adapted = attention_maps(model, ids, layers)
-    with model.disable_adapter():
-        plain = attention_maps(model, ids, layers)
-    paths = []
-    for layer in layers:
-        size = (2.6 * len(heads) + 0.6, 5.4)
-        figure, axes = pyplot.subplots(2, len(heads), figsize=size, layout="constrained", squeeze=False)
-        for row, (label, maps) in enumerate((("base model", plain), ("with adapter", adapted))):
-            for column, head in enumerate(heads):
-                axes[row, column].imshow(maps[layer][head].sqrt(), cmap="magma", vmin=0, vmax=1)
-                axes[row, column].set_title(f"{label}, head {head}", fontsize=8)
-                axes[row, column].tick_params(labelsize=6)
-        figure.suptitle(f"layer {layer}: square root of attention; keys on the horizontal axis", fontsize=9)
-        paths.append(folder / f"attention_layer{layer}.png")
-        figure.savefig(paths[-1], dpi=120)
-        pyplot.close(figure)
-    return paths
+    size = (2.6 * len(heads) + 0.6, 5.4)
+    figure, axes = pyplot.subplots(2, len(heads), figsize=size, layout="constrained", squeeze=False)
+    for row, (label, maps) in enumerate((("base model", plain), ("with adapter", adapted))):
+        for column, head in enumerate(heads):
+            axes[row, column].imshow(maps[head].sqrt(), cmap="magma", vmin=0, vmax=1)
+            axes[row, column].set_title(f"{label}, head {head}", fontsize=8)
+            axes[row, column].tick_params(labelsize=6)
+    figure.suptitle(f"{title}: square root of attention; keys on the horizontal axis", fontsize=9)
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)
 
 
 def draw_vectors(found: dict[int, Tensor], layers: Sequence[int], folder: Path) -> Path:
@@ -116,7 +152,10 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--model", required=True, help="base model, a folder or a name on the Hub")
     top.add_argument("--adapter", required=True, type=Path, help="folder of the adapter")
     top.add_argument(
-        "--prompts", required=True, type=Path, help="text file with one prompt per line; attention maps use the first"
+        "--prompts",
+        required=True,
+        type=Path,
+        help="text file with one prompt per line, or a .jsonl file of conversations; attention maps use the first",
     )
     top.add_argument("--layers", type=int, nargs="+", help="layers to draw; default: first, middle and last")
     top.add_argument("--heads", type=int, nargs="+", default=[0, 1, 2, 3], help="heads to draw; default: first four")
@@ -125,22 +164,39 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def checked_layers(args: argparse.Namespace) -> list[int]:
-    """Check model, adapter, --layers and --heads; return the layers to draw.
+def read_prompts(file: Path) -> list[Any]:
+    """Prompts of a text file, or conversations of a .jsonl file, each up to its last question.
+
+    Raises:
+        ValueError: names the flag, the file and the line.
+    """
+    with naming("--prompts"):
+        text = read_text(file)
+        if not text.strip():
+            raise ValueError(f"{file}: has no prompt; expected one per line")
+        if file.suffix != ".jsonl":
+            return [line for line in text.splitlines() if line.strip()]
+        lines = enumerate(text.split("\n"), 1)
+        return [as_example(line, f"{file}, line {number}").prompt for number, line in lines if line.strip()]
+
+
+def checked_layers(args: argparse.Namespace) -> tuple[list[int], AdapterConfig]:
+    """Check model, adapter, --layers and --heads; return the layers to draw and the adapter's config.
 
     Raises:
         ValueError: names the flag, its value and the remedy.
     """
     config = load_model_config(args.model)
     with naming("--adapter"):
-        adapted = sorted(load_adapter(args.adapter, BaseModelShape.from_hf_config(config)).generators)
+        adapter = load_adapter(args.adapter, BaseModelShape.from_hf_config(config))
+    adapted = sorted(adapter.generators)
     layers = args.layers or sorted({adapted[0], adapted[len(adapted) // 2], adapted[-1]})
     if missing := [layer for layer in layers if layer not in adapted]:
         raise ValueError(f"--layers: layer {missing[0]} has no vectors; expected some of {adapted}")
     heads = config.num_attention_heads
     if missing := [head for head in args.heads if not 0 <= head < heads]:
         raise ValueError(f"--heads: the base model has no head {missing[0]}; expected some of 0 to {heads - 1}")
-    return list(layers)
+    return list(layers), adapter.config
 
 
 def draw(args: argparse.Namespace) -> None:
@@ -157,19 +213,17 @@ def draw(args: argparse.Namespace) -> None:
     import vllm_parade.tuner  # noqa: F401
 
     matplotlib.use("Agg")
-    with naming("--prompts"):
-        lines = [line for line in read_text(args.prompts).splitlines() if line.strip()]
-    if not lines:
-        raise ValueError(f"--prompts {args.prompts}: has no prompt; expected one per line")
-    layers = checked_layers(args)
+    lines = read_prompts(args.prompts)
+    layers, config = checked_layers(args)
     tokenizer = load_tokenizer(args.model, args.template)
-    prompts = [encode_prompt(tokenizer, line, args.template) for line in lines]
+    with naming(f"--prompts {args.prompts}:"):
+        prompts = [encode_prompt(tokenizer, line, args.template) for line in lines]
     check_output_folder("--output", args.output)
     base = load_model(args.model, dtype=torch.float32, attn_implementation="eager")
     model: Any = PeftModel.from_pretrained(base, args.adapter).eval()
     found = vectors(model, tokenizer, prompts)
     for path in (
-        *draw_attention(model, prompts[0], layers, args.heads, args.output),
+        *draw_attention(model, prompts[0], layers, args.heads, args.output, config.turn_markers),
         draw_vectors(found, layers, args.output),
     ):
         print(path)

@@ -55,6 +55,18 @@ def test_the_command_of_the_readme(small: str, tmp_path: Path, monkeypatch: pyte
     assert run(words) == Path("adapters/mine")
 
 
+def test_the_conversations_of_the_page(small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = f"{HERE}::test_the_conversations_of_the_page"
+    ((line,), (text,)) = (texts(PAGE, name, language) for language in ("json", "bash"))
+    write_pairs(tmp_path / "conversations.jsonl", line)
+    # The first line is dev's.
+    with (tmp_path / "conversations.jsonl").open("a") as file:
+        file.write(line.strip().replace("dull", "slow"))
+    (words,) = commands(text, MODEL=small)
+    assert load_adapter(run(words)).config.instruction_start_tokens == (1, 4093)
+
+
 def test_the_commands_of_the_page(small: str, sst2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     name = f"{HERE}::test_the_commands_of_the_page"

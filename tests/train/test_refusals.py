@@ -13,6 +13,7 @@ from unittest.mock import Mock
 import pytest
 
 from tests.commands import refusal
+from tests.templates import FORMATS
 from vllm_parade.train.__main__ import main
 
 PAIR = json.dumps({"prompt": "p", "response": "r"})
@@ -47,8 +48,11 @@ def refused(weightless: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         (b'["p", "r"]', "{file}, line 1: expected {pair} (TypeError("),
         (b'{"prompt": "p", "response": 3}', "{file}, line 1: prompt and response must be non-empty strings"),
         (b"[" * 100_000, "{file}, line 1: expected {pair} (RecursionError("),
+        (f'{PAIR}\n{{"messages": []}}'.encode(), "{file}, line 2: messages must be a list with at least one question"),
+        (b'{"messages": [{"role": "bot", "content": "a"}]}', "{file}, line 1: message 1 has the role 'bot'; expected "),
+        (b'{"messages": [{"role": "user", "content": "a"}]}', "{file}, line 1: messages hold no message of the role "),
     ],
-    ids=["missing", "empty", "blank", "utf16", "cut", "keys", "list", "number", "nested"],
+    ids=["missing", "empty", "blank", "utf16", "cut", "keys", "list", "number", "nested", "none", "role", "no_answer"],
 )
 def test_files_of_pairs(
     refused: Callable[..., str], tmp_path: Path, flag: str, content: bytes | None, message: str
@@ -132,6 +136,24 @@ def test_tokenizers(
         (["--dev_rows", "0"], "--dev_rows is 0; expected 1 or more"),
         (["--metric_rows", "-1"], "--metric_rows is -1; expected 0 or more"),
         (["--max_length", "0"], "--max_length is 0; expected 1 or more"),
+        (["--turns", "--max_instruction_tokens", "0"], "--max_instruction_tokens is 0; expected 1 or more"),
+        (["--max_instruction_tokens", "9"], "--max_instruction_tokens is 9, but there is no --turns; add it, or drop"),
+        (
+            ["--turns", "--method", "lora"],
+            "--turns is for PARADE, which reads instructions; drop it with --method lora",
+        ),
+        (
+            ["--turns", "--template", "plain"],
+            "--turns finds turns in the tokenizer's chat template, but --template is ",
+        ),
+        (
+            ["--turns", "--peft", '{"instruction_end_tokens": [2]}'],
+            "--turns sets the markers that --peft gives, instruction_end_tokens; drop one of the two",
+        ),
+        (
+            ["--peft", '{"instruction_end_tokens": [2]}'],
+            "--peft got {'instruction_end_tokens': [2]} for parade: instruction_end_tokens is given without ",
+        ),
         (["--dtype", "float17"], "--dtype is float17; expected auto, bfloat16, float16 or float32"),
         (["--dtype", "int8"], "--dtype is int8; expected auto, bfloat16, float16 or float32"),
         (["--attention", "slow"], "--attention is slow; expected one of eager, "),
@@ -150,6 +172,30 @@ def test_tokenizers(
 )
 def test_settings(refused: Callable[..., str], flags: list[str], message: str) -> None:
     assert refused(*flags).startswith(message)
+
+
+def test_turns_need_a_template_with_markers(refused: Callable[..., str], weightless: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(weightless, model)
+    (model / "chat_template.jinja").unlink()
+    (model / "chat_template.jinja").write_text(FORMATS["llama2"].template)
+    line = refused("--turns", "--model", model)
+    assert line.startswith(
+        f"--turns cannot use the chat template of {model}: it begins an answer with the text ' [/INST]"
+    )
+
+
+def test_conversations_that_cannot_be_learnt(refused: Callable[..., str], tmp_path: Path) -> None:
+    """Each message names its line."""
+    file = tmp_path / "conversations.jsonl"
+    roles = ("system", "assistant", "user", "assistant")
+    messages = [{"role": role, "content": "w"} for role in roles]
+    file.write_text(f"{PAIR}\n{json.dumps({'messages': messages})}")
+    source = ("--train_file", file, "--dev_file", tmp_path / "pairs.jsonl")
+    line = refused("--turns", source=source)
+    assert line.startswith(f"--train_file {file}, line 2: the answer at token ")
+    line = refused("--template", "plain", source=source)
+    assert line == f"--train_file {file}, line 2: a conversation has no template plain; give --template chat"
 
 
 def test_xformers_needs_a_gpu(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:

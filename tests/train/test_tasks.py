@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from vllm_parade.train.messages import Message
 from vllm_parade.train.readers import Example, read_jsonl
 from vllm_parade.train.tasks import TASKS, mixture
 from vllm_parade.train.templates import boolq_prompt, e2e_prompt, rte_prompt, sst2_prompt, wikisql_prompt
@@ -89,6 +90,20 @@ def test_ones_own_pairs(tmp_path: Path) -> None:
         file.write_text('{"prompt": "p", "response": "r"}\n' + bad)
         with pytest.raises(ValueError, match=r"pairs\.jsonl, line 2: "):
             read_jsonl(file, None)
+
+
+def test_ones_own_conversations(tmp_path: Path) -> None:
+    file = tmp_path / "conversations.jsonl"
+    contents = [("system", "a"), ("user", "b"), ("assistant", "c"), ("user", "d"), ("assistant", "e")]
+    messages = [{"role": role, "content": content} for role, content in contents]
+    pair = {"prompt": "p", "response": "r"}
+    file.write_text("\n".join(map(json.dumps, [pair, {"messages": messages}, {"messages": messages[1:3]}])))
+    splits = read_jsonl(file, None)
+    assert splits.dev == [Example("p", ("r",))]
+    prompts = [tuple(Message(*content) for content in part) for part in (contents[:-1], contents[1:2])]
+    assert splits.train == [Example(prompts[0], ("e",)), Example(prompts[1], ("c",))]
+    assert [example.where for example in splits.train] == [f"--train_file {file}, line {n}" for n in (2, 3)]
+    assert not read_jsonl(file, file).train
 
 
 def test_a_mixture_keeps_tests_apart(sst2: Path) -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m vllm_parade.inspect`: vectors over prompts, how much they depend on them, and pictures."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +17,10 @@ from peft import get_peft_model
 from tests.commands import refusal
 from tests.documents import commands, texts
 from tests.tuner.models import PAD, make
-from vllm_parade.inspect import attention_maps, main, prompt_dependence, vectors
+from tests.tuner.test_turns import CONVERSATIONS, MARKERS, marked
+from vllm_parade.adapter.turns import find_turns
+from vllm_parade.inspect import attention_maps, draw_attention, main, prompt_dependence, read_prompts, vectors
+from vllm_parade.train.messages import Message
 from vllm_parade.tuner import ParadeConfig
 
 ADAPTER = Path(__file__).parents[2] / "examples/adapters/sst2"
@@ -57,6 +61,47 @@ def test_attention_maps_are_cut_and_add_up(model: Any) -> None:
     maps = attention_maps(model, list(range(3, 90)), [1])
     assert maps[1].shape == (4, 64, 64)
     torch.testing.assert_close(maps[1].sum(-1), torch.ones(4, 64))
+
+
+def test_turns_have_attention_maps_of_their_own(tmp_path: Path) -> None:
+    """Of their instructions, within the whole conversation."""
+    pytest.importorskip("matplotlib")
+    model = marked()
+    model.base_model.model.set_attn_implementation("eager")
+    ids, turns = CONVERSATIONS[0], find_turns(CONVERSATIONS[0], MARKERS)
+    with torch.no_grad():
+        whole = model(input_ids=torch.tensor([ids]), output_attentions=True).attentions[1][0]
+    for turn in turns:
+        maps = attention_maps(model, ids, [1], turn)
+        torch.testing.assert_close(maps[1], whole[:, turn.start : turn.end, turn.start : turn.end])
+    paths = draw_attention(model, ids, [0, 2], [0], tmp_path, MARKERS)
+    assert [path.name for path in paths] == [
+        f"attention_layer{layer}_turn{number}.png" for number in (1, 2, 3) for layer in (0, 2)
+    ]
+    assert all(path.is_file() for path in paths)
+
+
+def test_vectors_are_those_of_the_last_turn() -> None:
+    model = marked()
+    found = vectors(model, TOKENIZER, CONVERSATIONS)
+    (last,) = vectors(model, TOKENIZER, [CONVERSATIONS[0]])[1]
+    torch.testing.assert_close(found[1][0], last, atol=1e-4, rtol=1e-4)
+    shorter = vectors(model, TOKENIZER, [CONVERSATIONS[0][:15]])[1][0]
+    assert not torch.allclose(last, shorter, atol=1e-2)
+    # The tokens after an instruction are not read.
+    answered = vectors(model, TOKENIZER, [[*CONVERSATIONS[0], 55, 56]])[1][0]
+    torch.testing.assert_close(answered, last, atol=1e-4, rtol=1e-4)
+
+
+def test_prompts_may_be_conversations(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    messages = [{"role": role, "content": role} for role in ("user", "assistant", "user", "assistant")]
+    file.write_text(json.dumps({"messages": messages}) + '\n\n{"prompt": "p", "response": "r"}\n')
+    wanted = tuple(Message(message["role"], message["content"]) for message in messages[:3])
+    assert read_prompts(file) == [wanted, "p"]
+    file.write_text('{"messages": []}')
+    with pytest.raises(ValueError, match=rf"--prompts {file}, line 1: messages must be a list"):
+        read_prompts(file)
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import TrainingArguments
@@ -38,6 +38,14 @@ class AdapterArguments:
         "standardize the hidden states that PARADE's generators read, on 256 training prompts, so that training "
         "starts on how prompts differ; for a mixture of tasks, with --bias_lr_ratio 10 and the pooler last_token",
     )
+    turns: bool = _argument(
+        False,
+        "give every turn of a conversation its own vectors, as the tokenizer's chat template marks turns, and learn "
+        "the answers of all turns",
+    )
+    max_instruction_tokens: int | None = _argument(
+        None, "with --turns: largest number of tokens that are read of a question, its last ones; default: all"
+    )
     bias_lr_ratio: float = _argument(1.0, "learning rate of a PARADE adapter's b_up, as a multiple of --learning_rate")
     dtype: str = _argument("auto", "of the base model: auto (bfloat16 on a GPU, else float32), bfloat16, float32, ...")
     base_name: str | None = _argument(None, "name of the base model in the adapter and its card; default: --model")
@@ -48,12 +56,17 @@ class AdapterArguments:
     data: list[str] = field(
         default_factory=list, metadata={"help": "folder of each task's files, in the order of --task"}
     )
-    train_file: str | None = _argument(None, 'instead of --task: a file of lines {"prompt": ..., "response": ...}')
+    train_file: str | None = _argument(
+        None,
+        'instead of --task: a file of lines {"prompt": ..., "response": ...} or '
+        '{"messages": [{"role": ..., "content": ...}, ...]}',
+    )
     dev_file: str | None = _argument(
         None, "dev data for --train_file, in the same format; default: every tenth training example, at most 200"
     )
     dataset: str | None = _argument(
-        None, 'instead of --task and --train_file: a data set on the Hub with columns "prompt" and "response"'
+        None,
+        'instead of --task and --train_file: a data set on the Hub with columns "prompt" and "response", or "messages"',
     )
     template: str = _argument(
         "chat", "prompt template: chat (the tokenizer's), llama2 (the paper's) or plain", choices=list(TEMPLATES)
@@ -70,12 +83,31 @@ class AdapterArguments:
             raise ValueError(f"--standardize and --bias_lr_ratio are for PARADE; drop them with --method {self.method}")
         if self.bias_lr_ratio < 0:
             raise ValueError(f"--bias_lr_ratio is {self.bias_lr_ratio}; expected 0 or more")
-        for name, least in (("max_length", 1), ("dev_rows", 1), ("metric_rows", 0)):
+        for name, least in (("max_length", 1), ("max_instruction_tokens", 1), ("dev_rows", 1), ("metric_rows", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"--{name} is {value}; expected {least} or more")
+        self._check_turns()
         self._check_model_options()
         self._check_data()
+
+    def _check_turns(self) -> None:
+        if not self.turns:
+            if self.max_instruction_tokens is not None:
+                raise ValueError(
+                    f"--max_instruction_tokens is {self.max_instruction_tokens}, but there is no --turns; add it, or "
+                    "drop the number"
+                )
+            return
+        if self.method != "parade":
+            raise ValueError(f"--turns is for PARADE, which reads instructions; drop it with --method {self.method}")
+        if self.template != "chat":
+            raise ValueError(
+                f"--turns finds turns in the tokenizer's chat template, but --template is {self.template}; give chat"
+            )
+        given = sorted(name for name in cast(dict, self.peft) if name.startswith("instruction_"))
+        if given:
+            raise ValueError(f"--turns sets the markers that --peft gives, {', '.join(given)}; drop one of the two")
 
     def _check_model_options(self) -> None:
         dtype = getattr(torch, self.dtype, None)

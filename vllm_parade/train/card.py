@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 
+from vllm_parade.adapter.turns import TurnMarkers
 from vllm_parade.train.arguments import AdapterArguments, PromptTrainingArguments
 
 SHOWN = (
@@ -32,6 +33,15 @@ MODEL_KEYS = ("model:", "taken from:", "weights:")
 DATA_KEYS = ("data set:", "licence as stated:")
 
 
+def described(markers: TurnMarkers | None, tokenizer: Any) -> str:
+    """A sentence that says which tokens an adapter reads."""
+    if markers is None:
+        return "The generators read the whole prompt."
+    texts = (f"`{tokenizer.decode(list(tokens))}` (tokens {list(tokens)})" for tokens in (markers.start, markers.end))
+    most = "" if markers.max_tokens is None else f", at most its last {markers.max_tokens} tokens"
+    return "In every turn of a conversation, the generators read the instruction: from {} to {}{}.".format(*texts, most)
+
+
 def write_card(
     folder: Path,
     options: AdapterArguments,
@@ -39,6 +49,7 @@ def write_card(
     state: Any,
     metrics: dict[str, float],
     counts: dict[str, int],
+    read: str = "",
 ) -> None:
     """Write README.md into an adapter's folder.
 
@@ -46,6 +57,7 @@ def write_card(
         state: the trainer's TrainerState
         metrics: results of the last evaluation, which uses the best checkpoint
         counts: number of training pairs and of dev pairs, by name
+        read: which tokens the adapter reads, if it reads any
     """
     base, subject = options.base_name or options.model, ", ".join(options.task) or "prompts and responses"
     library = "vllm-parade" if options.method == "parade" else "peft"
@@ -59,7 +71,7 @@ tags: [{options.method}, {", ".join(options.task)}]
 # A {METHOD_NAMES[options.method]} adapter for {subject}
 
 Trained with `python -m vllm_parade.train` on {base}. It answers well only to prompts that are worded as in
-training, with the template {options.template!r} of `vllm_parade.train.templates`.
+training, with the template {options.template!r} of `vllm_parade.train.templates`. {read}
 
 ## Measured on dev
 

@@ -10,11 +10,12 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vllm_parade.train.command import naming
+from vllm_parade.train.messages import Message, as_messages
 from vllm_parade.train.templates import (
     SST2_ANSWERS,
     boolq_prompt,
@@ -37,10 +38,13 @@ WIKISQL_ROW = re.compile(r"(?P<table>\S+) (?P<columns><c>.*?) <i> (?P<question>.
 
 @dataclass(frozen=True)
 class Example:
-    """A user's turn and the correct answers. Training uses all of them; scoring uses the one nearest to an answer."""
+    """A prompt and the correct answers. Training uses all of them; scoring uses the one nearest to an answer."""
 
-    prompt: str
+    prompt: str | tuple[Message, ...]
+    """A user's turn, or a conversation up to its last answer."""
     responses: tuple[str, ...]
+    where: str = field(default="", compare=False)
+    """Flag, file and line that it comes from, for errors; empty for a task's examples."""
 
 
 @dataclass(frozen=True)
@@ -193,38 +197,48 @@ def _wikisql(path: Path) -> Iterator[tuple[str, Example]]:
 
 
 def read_jsonl(train: Path, dev: Path | None) -> Splits:
-    """Read files of lines `{"prompt": ..., "response": ...}`. Without `dev`, every tenth example is dev, at most 200.
+    """Read files of lines `{"prompt": ..., "response": ...}` or `{"messages": [...]}`.
+
+    Without `dev`, every tenth example is dev, at most 200.
 
     Raises:
         ValueError: names the flag, the file and the line.
     """
-    with naming("--train_file"):
-        examples = _jsonl(train)
+    examples = _jsonl("--train_file", train)
     if dev is None:
         return Splits.without_overlap(examples, examples[::10][:DEV_EXAMPLES], [])
-    with naming("--dev_file"):
-        return Splits.without_overlap(examples, _jsonl(dev), [])
+    return Splits.without_overlap(examples, _jsonl("--dev_file", dev), [])
 
 
-def _jsonl(path: Path) -> list[Example]:
-    examples = [as_example(line, where) for where, line in _lines(path)]
-    if not examples:
-        raise ValueError(f"{path}: holds no example; expected lines {PAIR}")
-    return examples
+def _jsonl(flag: str, path: Path) -> list[Example]:
+    with naming(flag):
+        lines = list(_lines(path))
+    if not lines:
+        raise ValueError(f"{flag} {path}: holds no example; expected lines {PAIR}")
+    return [as_example(line, f"{flag} {where}") for where, line in lines]
 
 
 def as_example(row: "str | dict", where: str) -> Example:
-    """Make an example from a row with "prompt" and "response".
+    """Make an example from a row with "prompt" and "response", or with "messages".
 
     Raises:
         ValueError: names the row.
     """
     with _expecting(where, PAIR):
         values = json.loads(row) if isinstance(row, str) else row
-        prompt, response = values["prompt"], values["response"]
+        conversation = "messages" in values and "response" not in values
+        prompt, response = ("", "") if conversation else (values["prompt"], values["response"])
+    if conversation:
+        with naming(f"{where}:"):
+            return _conversation(values["messages"], where)
     if not isinstance(prompt, str) or not isinstance(response, str) or not prompt or not response:
         raise ValueError(f"{where}: prompt and response must be non-empty strings")
-    return Example(prompt, (response,))
+    return Example(prompt, (response,), where)
+
+
+def _conversation(values: Any, where: str) -> Example:
+    messages = as_messages(values)
+    return Example(messages[:-1], (messages[-1].content,), where)
 
 
 def _take(groups: list[list[Example]], count: int) -> tuple[list[Example], list[list[Example]]]:

@@ -2,24 +2,28 @@
 """Trains an adapter and saves it, with a Transformers Trainer that also scores answers to dev prompts."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch.distributed.tensor import DTensor
 from transformers import DataCollatorWithFlattening, EarlyStoppingCallback, Trainer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from vllm_parade.adapter.turns import TurnMarkers
 from vllm_parade.train.answers import score
 from vllm_parade.train.arguments import AdapterArguments, PromptTrainingArguments
-from vllm_parade.train.card import write_card
+from vllm_parade.train.card import described, write_card
 from vllm_parade.train.command import check_output_folder
 from vllm_parade.train.data import Collator, encode
+from vllm_parade.train.markers import find_markers
 from vllm_parade.train.methods import check_fit, peft_config
 from vllm_parade.train.pretrained import load_model, load_model_config, load_tokenizer
 from vllm_parade.train.readers import Example, Splits, as_example, read_jsonl
 from vllm_parade.train.tasks import TASKS, check_metric, mixture, read_task
+from vllm_parade.tuner import ParadeConfig
 
 # Number of training pairs whose prompts --standardize uses.
 STANDARD_PAIRS = 256
@@ -110,11 +114,26 @@ def _hub_data(name: str) -> Splits:
     return Splits.without_overlap(parts["train"], dev, parts.get("test", []))
 
 
-def _encode(options: AdapterArguments, tokenizer: Any, examples: list[Example]) -> list[dict[str, list[int]]]:
-    pairs = encode(tokenizer, examples, options.template, options.max_length)
+def _encode(
+    options: AdapterArguments, tokenizer: Any, examples: list[Example], markers: TurnMarkers | None
+) -> list[dict[str, list[int]]]:
+    pairs = encode(tokenizer, examples, options.template, options.max_length, markers)
     if not pairs:
         raise ValueError(f"--max_length is {options.max_length}, and all {len(examples)} examples are longer; raise it")
     return pairs
+
+
+def _marked(options: AdapterArguments, config: PeftConfig, tokenizer: Any) -> PeftConfig:
+    """The adapter's config, with the chat template's markers if --turns asks for them."""
+    if not options.turns:
+        return config
+    found = find_markers(tokenizer)
+    return replace(
+        cast(ParadeConfig, config),
+        instruction_start_tokens=list(found.start),
+        instruction_end_tokens=list(found.end),
+        instruction_max_tokens=options.max_instruction_tokens,
+    )
 
 
 def train(options: AdapterArguments, arguments: PromptTrainingArguments) -> dict[str, float]:
@@ -131,7 +150,11 @@ def train(options: AdapterArguments, arguments: PromptTrainingArguments) -> dict
     splits.dev[:] = splits.dev[: options.dev_rows]
     check_fit(config, load_model_config(options.model))
     tokenizer = load_tokenizer(options.model, options.template)
-    pairs, dev = (_encode(options, tokenizer, part) for part in (splits.train, splits.dev))
+    config = _marked(options, config, tokenizer)
+    markers = config.adapter_config().turn_markers if isinstance(config, ParadeConfig) else None
+    if markers:
+        print(described(markers, tokenizer))
+    pairs, dev = (_encode(options, tokenizer, part, markers) for part in (splits.train, splits.dev))
     check_output_folder("--output_dir", Path(arguments.output_dir))
     arguments.batch_for(len(pairs))
     base = load_base(options)
@@ -160,7 +183,8 @@ def train(options: AdapterArguments, arguments: PromptTrainingArguments) -> dict
         trainer.save_state()
         model.save_pretrained(arguments.output_dir, state_dict=state)
         counts = {"training pairs": len(pairs), "dev pairs": len(dev)}
-        write_card(Path(arguments.output_dir), options, arguments, trainer.state, metrics, counts)
+        read = described(markers, tokenizer) if options.method == "parade" else ""
+        write_card(Path(arguments.output_dir), options, arguments, trainer.state, metrics, counts, read)
     return metrics
 
 
