@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The float32 oracle: what Transformers and PEFT with `vllm_parade.tuner` answer, one request at a time.
+"""The float32 oracle: answers of Transformers and PEFT with `vllm_parade.tuner`, one request at a time.
 
-Tests assert that an engine's answers are the oracle's; `python -m benchmarks exactness` measures how far off they are.
+Tests assert that an engine's answers equal the oracle's. `python -m benchmarks exactness` measures the differences.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,26 +12,26 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-import vllm_parade.tuner  # noqa: F401  teaches PEFT the method
+import vllm_parade.tuner  # noqa: F401  registers the method with PEFT
 from vllm_parade import ParadeRequest
 
 TOLERANCE = 1e-3
-# An adapter that moves log-probabilities by less than this, on average, shows nothing by being right.
+# If an adapter changes log-probabilities by less than this on average, right answers prove nothing.
 ENOUGH = 20 * TOLERANCE
 
-# What sampling parameters make of the logits of the next token, [vocabulary], given the prompt's and the answer's
-# tokens before it. tests/rules.py has some.
+# Applies sampling parameters to the logits of the next token, [vocabulary], given the tokens of the prompt and of the
+# answer before it. tests/rules.py defines some.
 Rule = Callable[[torch.Tensor, list[int], list[int]], torch.Tensor]
 
 
 class Oracle:
     """Checks engine outputs by running each prompt with its answer through the model once.
 
-    Greedy decoding is right where every answered token is the most likely one after the tokens before it.
+    Greedy decoding is correct if every answered token is the most likely one after the tokens before it.
 
     Args:
         model: folder of the base model
-        device: on which the oracle computes; what it returns is on the CPU
+        device: device for the computation; results are on the CPU
     """
 
     def __init__(self, model: str, device: str = "cpu") -> None:
@@ -42,7 +42,7 @@ class Oracle:
         torch.backends.cudnn.allow_tf32 = False
         self.device = device
         self.effective: set[str] = set()
-        """Adapters that were seen to move log-probabilities, by path: asking once is enough."""
+        """Paths of adapters whose effect on log-probabilities is already checked."""
         self.base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval().to(device)
 
     def check(
@@ -55,8 +55,8 @@ class Oracle:
     ) -> None:
         """Assert that tokens are equal, and log-probabilities within the bound.
 
-        `rule` is what all these requests' sampling parameters do to logits. The log-probabilities that vLLM gives are
-        those of before, unless it is a `grammar`: its mask comes before the sampler.
+        `rule` applies the sampling parameters of all these requests. vLLM returns log-probabilities from before the
+        rule, except for a `grammar`, whose mask comes before the sampler.
         """
         options: dict[str, Any] = {"rule": rule, "grammar": grammar}
         for request, mine in by_request(outputs, requests):
@@ -71,7 +71,7 @@ class Oracle:
                 self.effective.add(request.path)
 
     def check_candidates(self, outputs: list[Any], requests: list[ParadeRequest | None], count: int) -> None:
-        """Assert the `count` likeliest tokens of every step, and of the prompt's where they were asked for."""
+        """Assert the `count` most likely tokens of every step, and of the prompt's tokens if requested."""
         for request, mine in by_request(outputs, requests):
             with self.logits(request) as logits:
                 wanted = [logits(output).log_softmax(-1) for output in mine]
@@ -91,7 +91,7 @@ class Oracle:
         rule: Rule | None = None,
         grammar: bool = False,
     ) -> Iterator[Callable[[Any], tuple[list[int], torch.Tensor]]]:
-        """A function from an output to the most likely tokens and the log-probabilities of those answered."""
+        """Yield a function from an output to the most likely tokens and the answered tokens' log-probabilities."""
         with self.logits(request, pooling_dtype) as logits:
 
             def logprobs(output: Any) -> tuple[list[int], torch.Tensor]:
@@ -109,16 +109,16 @@ class Oracle:
     def logits(
         self, request: ParadeRequest | None, pooling_dtype: torch.dtype = torch.float32
     ) -> Iterator[Callable[..., torch.Tensor]]:
-        """A function from an output to the logits of its last tokens, [tokens, vocabulary].
+        """Yield a function from an output to the logits of its last tokens, [tokens, vocabulary].
 
-        How many tokens is its second argument; by default all but the prompt's first.
+        The function's second argument is the number of tokens; by default all but the prompt's first.
         """
         model: Any = self.base
         if request is not None:
             model = PeftModel.from_pretrained(self.base, request.path)
             model.base_model.pooling_dtype = pooling_dtype
 
-        # Equal requests are answered equally: the second costs nothing.
+        # Cached, because equal requests have equal logits.
         @cache
         @torch.no_grad()
         def forward(prompt_tokens: int, tokens: tuple[int, ...], last: int) -> torch.Tensor:
@@ -178,13 +178,13 @@ def answered(output: Any) -> tuple[list[int], torch.Tensor]:
 
 
 def check_effect(request: ParadeRequest, values: torch.Tensor, plain: torch.Tensor) -> None:
-    """Assert that the adapter's log-probabilities are not the base model's."""
+    """Assert that the adapter's log-probabilities differ from the base model's."""
     effect = (values - plain).abs().mean().item()
-    assert effect > ENOUGH, f"{request.parade_name} moves log-probabilities by {effect:.1e} only: no test of anything"
+    assert effect > ENOUGH, f"{request.parade_name} changes log-probabilities by only {effect:.1e}, too little to test"
 
 
 def compare_candidates(output: Any, values: torch.Tensor, count: int) -> None:
-    """Assert an output's candidates; those closer to each other than the tolerance may have changed places."""
+    """Assert an output's candidates. Candidates closer to each other than the tolerance may be in another order."""
     prompt, completion = output.prompt_token_ids, output.outputs[0]
     steps = [*(output.prompt_logprobs or [None] * len(prompt))[1:], *completion.logprobs]
     for step, token, row in zip(steps, [*prompt, *completion.token_ids][1:], values, strict=True):
@@ -199,7 +199,7 @@ def compare_candidates(output: Any, values: torch.Tensor, count: int) -> None:
 
 
 def beams(model: Any, prompt: list[int], tokens: int) -> Any:
-    """The reference's three best answers of exactly so many tokens, `sequences` with their `sequences_scores`."""
+    """The reference's three best answers of exactly `tokens` tokens: `sequences` and their `sequences_scores`."""
     return model.generate(
         torch.tensor([prompt]),
         num_beams=3,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small random models, and random adapters strong enough to show in every answer."""
+"""Small random models, and random adapters whose effect shows in every answer."""
 
 from pathlib import Path
 from typing import Any
@@ -9,10 +9,10 @@ import torch
 from vllm_parade import ParadeRequest
 from vllm_parade.adapter import AdapterConfig, BaseModelShape, adapted_layers, initial_generator, save_adapter
 
-# Strong enough that a wrong row, token or layer shows in every answer: `Oracle.check` asserts it.
+# Large enough that a wrong row, token or layer shows in every answer. `Oracle.check` asserts the effect.
 STRONG = 0.25
-# Squashing squares what is small. Hidden states of a small random model, and those that a norm has passed, are small:
-# there the projection down and the pooler need ten times their initial standard deviation to write anything.
+# Squashing squares small values. Hidden states of a small random model, and hidden states after a norm, are small. For
+# these, down projection and pooler need ten times their initial standard deviation to have an effect.
 INNER = 0.2
 
 
@@ -22,7 +22,7 @@ def make_tiny_model(
     """Save a random float32 model of three layers and four heads, without a tokenizer.
 
     Args:
-        one_dimensional: standard deviation of what is added to biases and norms, which start as zeros and ones
+        one_dimensional: standard deviation of noise added to biases and norms, which start as zeros and ones
     """
     import transformers
 
@@ -37,7 +37,7 @@ def make_tiny_model(
         num_key_value_heads=kv_heads,
         head_dim=32,
         max_position_embeddings=1024,
-        # Random weights of the usual size give almost equal log-probabilities, which compare badly.
+        # Random weights of the usual size give almost equal log-probabilities, which are hard to compare.
         initializer_range=0.15,
         bos_token_id=None,
         eos_token_id=None,
@@ -59,12 +59,12 @@ def make_adapter(
     dtype: torch.dtype = torch.float32,
     **config: Any,
 ) -> ParadeRequest:
-    """Save an adapter whose up projections are random, and name it by its folder.
+    """Save an adapter with random up projections, named like its folder.
 
     Args:
         strength: standard deviation of the up projections
-        inner: standard deviation of down projections and poolers; by default they are as training starts
-        config: settings of the adapter's config
+        inner: standard deviation of down projections and poolers; by default they have their initial values
+        config: fields of `AdapterConfig`
     """
     adapter_config, random = AdapterConfig(**config), torch.Generator().manual_seed(seed)
     generators = {}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vllm serve` as a child process: started, watched until it is healthy, ended with all its children."""
+"""Runs `vllm serve` as a child process: start it, wait until it is healthy, stop it with all its children."""
 
 import os
 import re
@@ -15,19 +15,19 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-# This environment's command comes before others in PATH.
+# Prefer this environment's command to others in PATH.
 VLLM = shutil.which("vllm", path=Path(sys.executable).parent) or "vllm"
 START_TIMEOUT_S = 600
-# A healthy server ends in two seconds; one that is still starting ignores the request.
+# A healthy server stops in two seconds. A server that is still starting ignores the signal.
 STOP_TIMEOUT_S = 20
 REPORT_EVERY_S = 5
 LOG_LINES = 40
-# Process, level, time and place, which vLLM writes before every message.
+# vLLM writes process, level, time and place before every message.
 LOG_PREFIX = re.compile(r"^(\([^)]*\) )?([A-Z]+ \S+ \S+ \[[^\]]*\]\s*)?")
 
 
 class ServerError(RuntimeError):
-    """The server did not become healthy; the message ends with the last lines of its log."""
+    """The server did not become healthy. The message ends with the last lines of its log."""
 
 
 @contextmanager
@@ -38,23 +38,23 @@ def server(
     environment: Mapping[str, str] | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> Iterator[str]:
-    """Serve a model on a free port of this machine; yields the server's URL once it is healthy.
+    """Serve a model on a free port of this machine. Yields the server's URL once it is healthy.
 
     Args:
-        flags: of `vllm serve`
+        flags: flags of `vllm serve`
         log: file for the server's output
-        environment: of the server; by default this process's own
-        report: gets a line of progress every few seconds
+        environment: environment variables of the server; by default those of this process
+        report: called with a line of progress every few seconds
 
     Raises:
-        ServerError: the server ended early, or is not healthy after START_TIMEOUT_S.
+        ServerError: the server exits early, or is not healthy after START_TIMEOUT_S.
     """
     port = free_port()
     command = [VLLM, "serve", model, "--host", "127.0.0.1", "--port", str(port), *flags]
     report(f"starting {shlex.join(command)}")
     report(f"its log: {log}")
     with log.open("wb") as output:
-        # Unbuffered, so that the log is up to date. In a session of its own Ctrl-C does not reach the server, and its
+        # Unbuffered, so that the log is up to date. In its own session, the server does not receive Ctrl-C, and its
         # children can be killed with it.
         process = subprocess.Popen(
             command,
@@ -115,7 +115,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         with suppress(subprocess.TimeoutExpired):
             process.wait(timeout=STOP_TIMEOUT_S)
     finally:
-        # The engine's processes are in the server's session. None may outlast it, a second Ctrl-C included.
+        # Kills the engine's processes too, which are in the server's session. Runs even after a second Ctrl-C.
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()

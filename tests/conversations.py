@@ -18,6 +18,17 @@ def conversation(base: int, *turns: int, seed: int = 0) -> list[int]:
     return tokens
 
 
+def marked_prompts(lengths: list[int], seed: int = 0) -> list[dict[str, list[int]]]:
+    """Random prompts of these lengths; the longer ones hold two turns."""
+    found = []
+    for number, length in enumerate(lengths):
+        answer, message = length // 4, length // 6
+        turns = (message, answer, message) if message else ()
+        base = length - sum(turns) - (len(USER) + len(ASSISTANT)) * 2 if turns else length
+        found.append(conversation(*((base, *turns) if base >= 0 else (length,)), seed=1000 * seed + number))
+    return asked(*found)
+
+
 def asked(*conversations: list[int]) -> list[dict[str, list[int]]]:
     """Prompts as `LLM.generate` takes them."""
     return [{"prompt_token_ids": tokens} for tokens in conversations]

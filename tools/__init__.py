@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tools of the project: the base model of examples and tests, pages, pictures, prose, release. Nothing is installed."""
+"""Tools of the project: base model of examples and tests, tables, pictures, prose, release. Not part of the wheel."""

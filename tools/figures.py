@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables of the pages that say what result files say: speed, exactness, routing, the study."""
+"""Generates the pages' tables from result files: speed, exactness, routing, the study."""
 
 import json
 import statistics
@@ -14,20 +14,20 @@ RESULTS = "benchmarks/results"
 STUDY_RESULTS = "benchmarks/study/results"
 Record = dict[str, Any]
 BATCHES = (1, 32, 256)
-# The run of README's table: the one that measured base model, PARADE and LoRA together.
+# The run of README's table. It measured base model, PARADE and LoRA together.
 SPEED_FILE = "llama2-7b-h100.json"
 VARIANTS = {"base": "base model", "parade": "PARADE", "lora": "LoRA"}
 
 
 @lru_cache
 def content(folder: str, file: str) -> dict[str, Any]:
-    """A result file."""
+    """Content of a result file."""
     found: dict[str, Any] = json.loads((ROOT / folder / file).read_text(encoding="utf-8"))
     return found
 
 
 def figure(file: str, measure: str, variant: str, **point: Any) -> float | None:
-    """A figure of a run; None where the run has not measured it."""
+    """A figure of a run; None if the run did not measure it."""
     wanted = {"variant": variant, **point}
     for record in content(RESULTS, file)["results"]:
         if measure in record and all(record.get(name) == value for name, value in wanted.items()):
@@ -36,7 +36,7 @@ def figure(file: str, measure: str, variant: str, **point: Any) -> float | None:
 
 
 def rounded(value: float) -> str:
-    """Three digits, or all before the point."""
+    """Round to three digits, or to a whole number from 100."""
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
@@ -49,7 +49,7 @@ def speed() -> str:
             point = {"workload": "decode", "batch": batch}
             value, base = (figure(SPEED_FILE, "step_ms", one, **point) for one in (variant, "base"))
             if not value or not base:
-                raise ValueError(f"{SPEED_FILE} lacks {variant}, {batch} requests")
+                raise ValueError(f"{SPEED_FILE} has no decode step of {variant} with {batch} requests")
             cells.append(rounded(value) + (f" ({value / base:.2f}x)" if variant != "base" else ""))
         rows.append([name, *cells])
     return table(["decode step, ms", *(f"{batch} request{'s' * (batch > 1)}" for batch in BATCHES)], rows)
@@ -57,20 +57,20 @@ def speed() -> str:
 
 @dataclass(frozen=True)
 class Run:
-    """A run of the page on performance."""
+    """A run on the performance page."""
 
     file: str
     model: str
     note: str
     hardware: str = ""
-    """What the file calls it, where nothing else is said."""
+    """By default, the card in the result file."""
 
 
 RUNS = {
     "A": Run(
         "llama2-7b-h200-turns.json",
         "LLaMA-2 7B",
-        "Both engines are on the card and measure in turns, so neither finds a warmer card. 256 adapters, 64 slots.",
+        "Both engines run on one card, measured in turns, so neither gets a warmer card. 256 adapters, 64 slots.",
     ),
     "B": Run(
         SPEED_FILE,
@@ -91,13 +91,13 @@ RUNS = {
     "F": Run(
         "llama3-8b-h100-vllm-0.33.json",
         "LLaMA-3 8B",
-        "256 adapters, 64 slots. Decode steps of 256 requests are left out: the client's clock limits them there.",
+        "256 adapters, 64 slots. Decode steps of 256 requests are left out, because the client's clock limits them.",
     ),
     "G": Run(
         "llama2-7b-h200-tp2.json",
         "LLaMA-2 7B",
-        "`tensor_parallel_size=2`; base model first. First tokens of small batches are left out: the base model's "
-        "engine was being stopped meanwhile.",
+        "`tensor_parallel_size=2`; base model first. First tokens of small batches are left out, because the base "
+        "model's engine was shutting down at that time.",
         "2 x NVIDIA H200",
     ),
     "H": Run(
@@ -111,7 +111,7 @@ RUNS = {
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table: points of one measure, side by side."""
+    """A row of the table, with all points of one measure."""
 
     run: str
     text: str
@@ -158,7 +158,7 @@ ROWS = (
 
 
 def performance() -> str:
-    """Figures of all runs: the base model's, and how many times as much PARADE and LoRA take."""
+    """Figures of all runs: absolute for the base model, relative to it for PARADE and LoRA."""
     lines = []
     for row in ROWS:
         file = RUNS[row.run].file
@@ -173,7 +173,7 @@ def performance() -> str:
 
 
 def runs() -> str:
-    """Where the figures come from."""
+    """The runs of the performance page: files, hardware, versions and method."""
     lines = []
     for letter, run in RUNS.items():
         machine = content(RESULTS, run.file)["machine"]
@@ -191,13 +191,13 @@ EXACTNESS = (
     "exactness-tiny-h100-vllm-0.33.json",
 )
 DEMO_TASKS = {"sst2": "sentiment of a sentence", "e2e": "customer review from facts"}
-# Of the candidates in the results, the one that the repository ships.
+# The candidate in the results that the repository ships.
 DEMO_ADAPTER = "usual, 5e-3, 500 steps"
 MODELS = {"SmolLM2-135M-Instruct": "SmolLM2-135M", "tiny_llama": "random, 3 layers"}
 
 
 def exactness() -> str:
-    """Served answers beside those of the float32 reference."""
+    """Differences between served answers and those of the float32 reference."""
     lines = []
     for file in EXACTNESS:
         machine = content(RESULTS, file)["machine"]
@@ -226,7 +226,7 @@ def _sum(records: Sequence[Record], name: str) -> int:
 
 
 def adapters() -> str:
-    """What the two adapters of the examples gain, served by vLLM."""
+    """Scores of the base model and of the two example adapters, served by vLLM."""
     lines = []
     for record in content(STUDY_RESULTS, "demo-adapters-cpu.json")["results"]:
         if record["split"] == "test":
@@ -237,7 +237,7 @@ def adapters() -> str:
 
 
 def routing() -> str:
-    """The simulated cluster under the routing rule, and under two others."""
+    """The simulated cluster with the routing rule and with two others."""
     rules = {"affinity": "by adapter", "two choices": "less busy of two", "random": "at random"}
     records = content(RESULTS, "cluster-simulated.json")["results"]
     lines = []
@@ -252,7 +252,7 @@ def routing() -> str:
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the study: where its records stand after 400 and after 1600 steps."""
+    """A row of the study, with the places of its records after 400 and after 1600 steps."""
 
     name: str
     short: tuple[str, str, str]
@@ -275,7 +275,7 @@ METHODS = (
 
 
 def study_records(place: tuple[str, str, str] | None) -> list[Record]:
-    """The seeds of a group at its best learning rate."""
+    """Records of all seeds of a group at its best learning rate."""
     if place is None:
         return []
     from benchmarks.study.tables import best_rate
@@ -290,7 +290,7 @@ def study() -> str:
     lines = []
     for method in METHODS:
         short, long = study_records(method.short), study_records(method.long)
-        # The first runs did not measure it over the prompts of all tasks.
+        # The first runs did not measure the dependence over the prompts of all tasks.
         measured = next((some for some in (short, long) if some and "dependence" in some[0]), [])
         spreads = [one["dependence"]["ratio"] for one in measured]
         losses = [f"{statistics.median(one['dev_loss'] for one in some):.3f}" if some else "" for some in (short, long)]

@@ -2,9 +2,9 @@
 """Write the generated tables into the pages.
 
     python -m tools.generate            # after a change of flags, metrics, arguments or results
-    python -m tools.generate --check    # exit code 1 where a page differs from code or results; writes nothing
+    python -m tools.generate --check    # exit code 1 if a page differs from code or results; writes nothing
 
-A page has the text between two comments: `<!-- generated: NAME -->` and `<!-- end -->`.
+In a page, a generated table is between two comments: `<!-- generated: NAME -->` and `<!-- end -->`.
 """
 
 import argparse
@@ -37,10 +37,10 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def generated(text: str) -> str:
-    """A page's text with its tables as code and results have them now.
+    """A page's text with regenerated tables.
 
     Raises:
-        KeyError: a name that is not in `TABLES`.
+        KeyError: a table's name is not in `TABLES`.
     """
     return GENERATED.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}\n{found[3]}", text)
 
@@ -48,7 +48,7 @@ def generated(text: str) -> str:
 def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="only say which pages differ")
+    parser.add_argument("--check", action="store_true", help="only print which pages differ")
     check = parser.parse_args().check
     different = 0
     for page in PAGES:

@@ -62,7 +62,7 @@ STEPS = (
 
 
 def text(x: float, y: float, content: str, size: int = 13, colour: str = INK, **attributes: str) -> str:
-    """A line of text, in the middle of `x` unless `anchor` says otherwise."""
+    """A line of text, centred at `x` unless `anchor` is given."""
     anchor = attributes.get("anchor", "middle")
     style = f'font-size="{size}" fill="{colour}" text-anchor="{anchor}" font-weight="{attributes.get("weight", "400")}"'
     return f'<text x="{x:g}" y="{y:g}" {style}>{escape(content)}</text>'

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draw sentences from the project's prose at a git revision, so that a reader can count those that must be read twice.
+"""Sample sentences from the project's prose at a git revision, so that a reader can count the unclear ones.
 
     python -m tools.prose --revision main --seed 0 --count 50
 
-The same revision, seed and count give the same sentences. A quarter comes from each of: README.md; the other pages;
-docstrings; messages (exceptions, log lines, help texts).
+The same revision, seed and count give the same sentences. README.md, the other pages, docstrings, and messages
+(exceptions, log lines, help texts) give a quarter each.
 """
 
 import argparse
@@ -38,14 +38,14 @@ def files(revision: str) -> dict[str, str]:
 
 
 def sentences(text: str) -> Iterator[str]:
-    """The sentences of a paragraph; shorter pieces than `LEAST_WORDS` words are left out."""
+    """The sentences of a paragraph that have at least `LEAST_WORDS` words."""
     for sentence in SENTENCE_END.split(" ".join(text.split())):
         if len(sentence.split()) >= LEAST_WORDS:
             yield sentence
 
 
 def markdown_paragraphs(text: str) -> Iterator[str]:
-    """Paragraphs and list items of a page; code blocks, comments, tables and headings are left out."""
+    """Paragraphs and list items of a page, without code blocks, comments, tables and headings."""
     text = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
     text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
     for paragraph in re.split(r"\n\s*\n|\n(?=\s*(?:[-*]|\d+\.) )", text):
@@ -54,7 +54,7 @@ def markdown_paragraphs(text: str) -> Iterator[str]:
 
 
 def docstrings(tree: ast.Module) -> Iterator[str]:
-    """Docstrings of a module, its classes, functions and fields; indented examples are left out."""
+    """Docstrings of a module, its classes, functions and fields, without indented commands."""
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if not isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) or not body:
@@ -66,7 +66,7 @@ def docstrings(tree: ast.Module) -> Iterator[str]:
 
 
 def messages(tree: ast.Module) -> Iterator[str]:
-    """Texts of raised exceptions, log lines and help texts, with `{...}` for what is filled in."""
+    """Texts of raised exceptions, log lines and help texts, with `{...}` for inserted values."""
     for node in ast.walk(tree):
         match node:
             case ast.Raise(exc=ast.Call(args=[first, *_])):

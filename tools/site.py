@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A hook of mkdocs: the site also has the pages outside docs/ and the files that pages link to.
+"""A hook of mkdocs that adds pages outside docs/, and files that pages link to, to the site.
 
-Pages link as they lie in the repository, so that links work there too. On the site, docs/ is the root, and everything
-else keeps its path in the repository. README.md gives way to docs/index.md.
+Links in pages are those of the repository, so that they work there too. On the site, docs/ is the root, and all other
+files keep their path in the repository. docs/index.md replaces README.md.
 """
 
 import posixpath
@@ -21,12 +21,12 @@ LINK = re.compile(r"(\]\()([^)#\s:]+)((?:#[^)\s]*)?\))")
 
 
 def repository_path(site_path: str) -> str:
-    """Where a page of the site lies in the repository."""
+    """Path in the repository of a page of the site."""
     return DOCS + site_path if (ROOT / DOCS / site_path).is_file() else site_path
 
 
 def site_path(path: str) -> str:
-    """Where a file of the repository lies on the site."""
+    """Path on the site of a file of the repository."""
     return HOME.get(path, path).removeprefix(DOCS)
 
 
@@ -37,7 +37,7 @@ def targets(path: str) -> Iterator[str]:
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Called by mkdocs with the files of docs/: add what lies elsewhere."""
+    """Called by mkdocs with the files of docs/. Adds the pages and files outside docs/."""
     pages = [*OUTSIDE, *(DOCS + file.src_uri for file in files.documentation_pages())]
     known = {repository_path(file.src_uri) for file in files}
     for path in dict.fromkeys([*OUTSIDE, *(target for page in pages for target in targets(page))]):
@@ -47,7 +47,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Called by mkdocs with each page: let its links lead to where files lie on the site."""
+    """Called by mkdocs with each page. Changes its links to the paths on the site."""
     path = repository_path(page.file.src_uri)
     here, there = posixpath.dirname(path), posixpath.dirname(page.file.src_uri)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables of the pages that say what the code says: flags, metrics, arguments, keys of an adapter's config."""
+"""Generates the pages' tables from the code: flags, metrics, arguments, keys of an adapter's config."""
 
 import argparse
 import ast
@@ -11,7 +11,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "vllm_parade"
-# Keys of adapter_config.json that are PEFT's own; one row together.
+# PEFT's own keys of adapter_config.json. They share one row.
 PEFT_FIELDS = ("base_model_name_or_path", "task_type", "revision", "inference_mode")
 
 
@@ -24,7 +24,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def field_texts(file: str, class_name: str) -> dict[str, str]:
-    """The docstrings that stand below a class's fields, by field."""
+    """The docstrings below a class's fields, by field name."""
     tree = ast.parse((PACKAGE / file).read_text(encoding="utf-8"))
     (body,) = (node.body for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.name == class_name)
     texts = {}
@@ -36,7 +36,7 @@ def field_texts(file: str, class_name: str) -> dict[str, str]:
 
 
 def shown(value: Any) -> str:
-    """A default as a table shows it; nothing where the text beside it explains what an empty one means."""
+    """A default for a table. An empty default gives an empty cell, because the meaning column explains it."""
     if isinstance(value, bool):
         return "on" if value else "off"
     return "" if value is None or value in ((), "") else f"`{value}`"
@@ -49,7 +49,7 @@ def _default(field: Field[Any]) -> str:
 
 
 def flags() -> str:
-    """The ParadeConfig group of `vllm serve`, as its help shows it."""
+    """Flags of the ParadeConfig group of `vllm serve`, with their help texts."""
     from vllm_parade.config import ServingConfig
     from vllm_parade.frontend.arguments import add_flags
 
@@ -73,7 +73,7 @@ def metrics() -> str:
 
 
 def ray_metrics() -> str:
-    """Counters and gauges of the Ray application, under the names that Ray's exporter gives them."""
+    """Counters and gauges of the Ray application, with their names in Ray's exporter."""
     return table(["metric", "labels", "meaning"], list(_ray_metrics()))
 
 
@@ -126,7 +126,7 @@ def adapter_tensors() -> str:
 
 
 def trainer_flags() -> str:
-    """The trainer's own flags, beside those of Transformers."""
+    """Flags that the trainer adds to those of Transformers."""
     from vllm_parade.train.arguments import AdapterArguments
 
     rows = [[f"`--{field.name}`", _default(field), field.metadata["help"]] for field in fields(AdapterArguments)]
@@ -134,7 +134,7 @@ def trainer_flags() -> str:
 
 
 def trainer_defaults() -> str:
-    """Transformers' training arguments whose defaults differ here."""
+    """Training arguments of Transformers that have another default here."""
     from vllm_parade.train.arguments import PromptTrainingArguments
 
     own = PromptTrainingArguments.__annotations__

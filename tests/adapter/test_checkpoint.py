@@ -183,7 +183,7 @@ class TestRefusedConfig:
     @pytest.mark.parametrize("content", [b"", b"{", b"{'r': 1}", b"\xff\xfe\x00", b"[" * 100_000])
     def test_malformed_json(self, folder, content):
         folder.config_file.write_bytes(content)
-        refuses(folder, f"{folder.config_file}: no valid JSON", "expected a JSON object")
+        refuses(folder, f"{folder.config_file}: not valid JSON", "expected a JSON object")
 
     @pytest.mark.parametrize(("content", "kind"), [("[]", "list"), ("null", "NoneType"), ('"PARADE"', "str")])
     def test_json_that_is_no_object(self, folder, content, kind):
@@ -217,11 +217,11 @@ class TestRefusedWeights:
     @pytest.mark.parametrize("content", [b"", b"garbage", b"\x00" * 64, b"\xff" * 64, pickle.dumps({"a": 1})])
     def test_no_safetensors(self, folder, content):
         folder.weights_file.write_bytes(content)
-        refuses(folder, f"{folder.weights_file}: no readable safetensors file", "expected a complete one (no pickle)")
+        refuses(folder, f"{folder.weights_file}: not a readable safetensors file", "a complete one (no pickle)")
 
     def test_pytorch_pickle_under_the_safetensors_name(self, folder):
         torch.save({"a": torch.ones(2)}, folder.weights_file)
-        refuses(folder, f"{folder.weights_file}: no readable safetensors file", "no pickle")
+        refuses(folder, f"{folder.weights_file}: not a readable safetensors file", "no pickle")
 
     @shares_folder
     @given(data=st.data())
@@ -229,7 +229,7 @@ class TestRefusedWeights:
         save_adapter(folder.path, config, generators_for())
         content = folder.weights_file.read_bytes()
         folder.weights_file.write_bytes(content[: data.draw(st.integers(0, len(content) - 1))])
-        refuses(folder, f"{folder.weights_file}: no readable safetensors file")
+        refuses(folder, f"{folder.weights_file}: not a readable safetensors file")
 
     @shares_folder
     @given(data=st.data())

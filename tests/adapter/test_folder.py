@@ -41,10 +41,10 @@ def test_folder_or_pipe_in_a_files_place(folder, name):
     file = folder.path / name
     file.unlink()
     file.mkdir()
-    refuses(folder, f"{file}: no regular file; expected one")
+    refuses(folder, f"{file}: not a regular file; expected one")
     file.rmdir()
     os.mkfifo(file)
-    refuses(folder, f"{file}: no regular file; expected one")
+    refuses(folder, f"{file}: not a regular file; expected one")
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])

@@ -77,7 +77,7 @@ def site_not_served(folder: Path, shape: BaseModelShape) -> ParadeRequest:
 BAD: dict[Callable[[Path, BaseModelShape], ParadeRequest], str] = {
     missing: r"bad: no such folder; expected a folder that holds adapter_config.json",
     not_a_number: r"adapter_model.safetensors: tensor .*layers.1.*down.weight' holds NaN or infinity in 1 places",
-    cut_off: r"adapter_model.safetensors: no readable safetensors file",
+    cut_off: r"adapter_model.safetensors: not a readable safetensors file",
     rank_too_large: r"adapter_config.json: r is 32; expected at most 16: raise --max-parade-rank",
     other_model: r"adapter_model.safetensors: tensor .*down.weight' has shape \[12, 64\]; expected \[12, 128\]",
     layer_too_high: r"adapter_config.json: layers_to_transform names layer 3; expected 0 to 2",

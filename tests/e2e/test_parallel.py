@@ -11,7 +11,8 @@ import torch
 
 from testing.oracle import Oracle
 from testing.random_models import INNER, make_adapter, make_tiny_model
-from tests.engines import engine, greedy, prompts
+from tests.conversations import MARKERS, marked_prompts
+from tests.engines import engine, greedy
 from tests.interpreter import INTERPRETED
 from vllm_parade import ParadeRequest
 from vllm_parade.adapter import SITES, BaseModelShape
@@ -48,6 +49,7 @@ def adapters(tiny: str, tmp_path: Path) -> list[ParadeRequest]:
         "attention": {"generator_input": "attention_input"},
         # The first of the second stage, and none of the first.
         "last_layer": {"layers_to_transform": (2,), "sites": ("q", "v")},
+        "turns": MARKERS,
     }
     return [
         make_adapter(tmp_path / name, shape, seed, inner=INNER, **kind)
@@ -71,7 +73,7 @@ def processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def check(model: str, lengths: list[int], tokens: int, adapters: list[ParadeRequest], **options: Any) -> None:
     """Every prompt twice, so that its vectors may be there already, or on their way."""
-    asked = [prompt for prompt in prompts(lengths, vocab=512) for _ in range(2)]
+    asked = [prompt for prompt in marked_prompts(lengths) for _ in range(2)]
     users = islice(cycle([*adapters, None]), len(lengths))
     requests = [user for user in users for _ in range(2)]
     with engine(model, **TIGHT, **options) as llm:
@@ -102,11 +104,12 @@ def test_two_ranks(tmp_path: Path, kv_heads: int) -> None:
     five = make_adapter(
         tmp_path / "five", shape, 2, inner=INNER, sites=("q", "k", "v", "gate", "up"), r=8, num_capsules=2
     )
-    requests = [None, a, five] * 4
+    turns = make_adapter(tmp_path / "turns", shape, 3, inner=INNER, **MARKERS)
+    requests = [None, a, five, turns] * 3
     lengths = [1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 120, 200]
     options = {"enable_parade": True, "parade_sites": ["q", "k", "v", "gate", "up"], "max_parades": 1}
     with engine(model, tensor_parallel_size=2, skip_tokenizer_init=True, max_cpu_parades=4, **options) as llm:
         outputs = llm.generate(
-            prompts(lengths, vocab=512), greedy(detokenize=False), parade_request=requests, use_tqdm=False
+            marked_prompts(lengths), greedy(detokenize=False), parade_request=requests, use_tqdm=False
         )
     Oracle(model).check(outputs, requests)

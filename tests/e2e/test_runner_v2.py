@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from testing.oracle import Oracle
+from tests.conversations import conversation, marked_prompts
 from tests.engines import engine, greedy, prompts, scheduler
 from vllm_parade import ParadeRequest
 from vllm_parade.adapter import SITES
@@ -16,8 +17,8 @@ OPTIONS = {"enable_parade": True, "parade_sites": SITES, "skip_tokenizer_init": 
 
 
 @pytest.fixture
-def adapters(tiny_variants: dict[str, ParadeRequest]) -> list[ParadeRequest]:
-    return list(tiny_variants.values())
+def adapters(tiny_variants: dict[str, ParadeRequest], marked: list[ParadeRequest]) -> list[ParadeRequest]:
+    return [*tiny_variants.values(), marked[0]]
 
 
 def runner(llm: Any) -> str:
@@ -32,12 +33,12 @@ def test_every_kind_of_adapter_in_one_batch(
 ) -> None:
     monkeypatch.setenv("PARADE_OPS", ops)
     kinds = cycle([*adapters, None])
-    lengths = [1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 16, 17, 31, 32, 33, 1]
+    lengths = [1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 16, 17, 31, 32, 33, 1, 62]
     requests = [next(kinds) for _ in lengths]
     with engine(tiny, **OPTIONS) as llm:
         assert "vllm.v1.worker.gpu.model_runner" in runner(llm)
         outputs = llm.generate(
-            prompts(lengths, vocab=512), greedy(6, detokenize=False), parade_request=requests, use_tqdm=False
+            marked_prompts(lengths), greedy(6, detokenize=False), parade_request=requests, use_tqdm=False
         )
     Oracle(tiny).check(outputs, requests)
 
@@ -59,11 +60,11 @@ def test_equal_requests_share_rows_and_blocks(tiny: str, adapters: list[ParadeRe
 
 
 def test_preempted_requests_come_again_as_new_ones(tiny: str, adapters: list[ParadeRequest]) -> None:
-    requests = [adapters[0], None, adapters[3], adapters[0], adapters[1], None]
+    requests = [adapters[0], adapters[-1], adapters[3], adapters[0], adapters[-1], None]
     tight = {"num_gpu_blocks_override": 8, "block_size": 32, "max_num_batched_tokens": 64, "max_num_seqs": 8}
     with engine(tiny, **OPTIONS, **tight, max_model_len=160) as llm:
         outputs = llm.generate(
-            prompts([40, 50, 60, 30, 45, 55], vocab=512),
+            marked_prompts([40, 50, 60, 30, 45, 55]),
             greedy(30, detokenize=False),
             parade_request=requests,
             use_tqdm=False,
@@ -71,3 +72,17 @@ def test_preempted_requests_come_again_as_new_ones(tiny: str, adapters: list[Par
         preemptions = [m for m in llm.get_metrics() if m.name == "vllm:num_preemptions"]
     assert sum(metric.value for metric in preemptions) > 0
     Oracle(tiny).check(outputs, requests)
+
+
+def test_a_conversation_goes_on(tiny: str, marked: list[ParadeRequest]) -> None:
+    """The last prompts have one or two new tokens, which V2 computes as it would decode them."""
+    tokens = conversation(20, 40, 28, 20)
+    whole = [tokens[:92], tokens, [*tokens, 500], [*tokens, 500, 501]]
+    with engine(tiny, **OPTIONS, block_size=32, max_num_batched_tokens=64) as llm:
+        for prompt in whole:
+            requests = [marked[0], None, marked[1]]
+            outputs = llm.generate(
+                [{"prompt_token_ids": prompt}] * 3, greedy(4, detokenize=False), parade_request=requests, use_tqdm=False
+            )
+            Oracle(tiny).check(outputs, requests)
+        assert outputs[0].num_cached_tokens == len(tokens) // 32 * 32

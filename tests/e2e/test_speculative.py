@@ -9,6 +9,7 @@ from vllm.exceptions import VLLMValidationError
 
 from testing.oracle import Oracle
 from tests import rules
+from tests.conversations import marked_prompts
 from tests.engines import manager, tiny_engine, tiny_greedy, tiny_prompts
 from vllm_parade import ParadeRequest
 from vllm_parade.config import step_tokens
@@ -38,13 +39,18 @@ def accepted(llm: Any) -> float:
     return float(count)
 
 
-def test_answers_are_the_oracles(llm: Any, tiny_oracle: Oracle, tiny_variants: dict[str, ParadeRequest]) -> None:
+def test_answers_are_the_oracles(
+    llm: Any, tiny_oracle: Oracle, tiny_variants: dict[str, ParadeRequest], marked: list[ParadeRequest]
+) -> None:
     """Prompts of as many tokens as a decode step with drafts has, and of one, among them."""
     questions = tiny_prompts([1, 3, 4, 20, 60, 2, 30, 100], seed=30)
     # Something to look up.
     questions += [{"prompt_token_ids": question["prompt_token_ids"] * 3} for question in questions[3:6]]
     choice = [None, tiny_variants["strong"], tiny_variants["routing"]]
     requests = [choice[number % 3] for number in range(len(questions))]
+    # Conversations of two turns, each in a batch with the others.
+    questions += marked_prompts([40, 90, 300])
+    requests += [marked[0], marked[1], marked[0]]
     before = accepted(llm)
     params, rule = tiny_greedy(24), None
     if llm.llm_engine.vllm_config.speculative_config.method == "ngram":

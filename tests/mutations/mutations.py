@@ -19,6 +19,7 @@ class Mutation:
 
 LAYERS, SCHEDULER, FRONTEND = "vllm_parade/layers", "vllm_parade/scheduler", "vllm_parade/frontend"
 EXACT = ("tests/e2e/test_architectures.py", "-k", "Llama")
+TURNS = ("tests/e2e/test_turns.py", "-k", "conversations")
 MUTATIONS = (
     Mutation(
         "wrong row",
@@ -37,15 +38,29 @@ MUTATIONS = (
     Mutation(
         "instruction one token short",
         "vllm_parade/worker/manager.py",
-        "GeneratorJob(row, start, instruction.tokens, slot, layout)",
-        "GeneratorJob(row, start, max(1, instruction.tokens - 1), slot, layout)",
+        "GeneratorJob(reading.row, first, reading.instruction.tokens,",
+        "GeneratorJob(reading.row, first, max(1, reading.instruction.tokens - 1),",
         EXACT,
     ),
     Mutation(
         "digest one token short",
-        f"{FRONTEND}/inputs.py",
-        "request.prompt_token_ids[:tokens]",
-        "request.prompt_token_ids[: tokens - 1]",
+        "vllm_parade/adapter/turns.py",
+        "tokens[covered : turn.end]",
+        "tokens[covered : turn.end - 1]",
+        ("tests/adapter/test_turns.py",),
+    ),
+    Mutation(
+        "second turn under the first one's row",
+        "vllm_parade/worker/manager.py",
+        "split_tokens += [before, count - before]",
+        "split_tokens += [count, 0]",
+        TURNS,
+    ),
+    Mutation(
+        "generated start tokens open a turn",
+        "vllm_parade/frontend/inputs.py",
+        "        parade_request.instruction_tokens = tokens\n",
+        "        pass\n",
         ("tests/frontend/test_inputs.py",),
     ),
     Mutation(
@@ -77,31 +92,76 @@ MUTATIONS = (
         ("tests/scheduler/test_rows.py", "tests/scheduler/test_shared_rows.py"),
     ),
     Mutation(
-        "cached keys and values before the instruction is read",
+        "cached keys and values without their turn's vectors",
         f"{SCHEDULER}/scheduler.py",
-        "skip, request.skip_reading_prefix_cache = request.skip_reading_prefix_cache, True",
-        "skip = request.skip_reading_prefix_cache",
-        ("tests/scheduler/test_steps.py", "tests/scheduler/test_shared_rows.py", "tests/scheduler/test_random.py"),
+        "if self._has_vectors(request, conversation.instructions[turn]):",
+        "if True or self._has_vectors(request, conversation.instructions[turn]):",
+        ("tests/scheduler/test_turns.py",),
+    ),
+    Mutation(
+        "prefix shortened once only",
+        f"{SCHEDULER}/scheduler.py",
+        "blocks, position = manager.create_kv_cache_blocks(hit[0]), hit[1]",
+        "return manager.create_kv_cache_blocks(hit[0]), hit[1]",
+        ("tests/scheduler/test_turns.py",),
     ),
     Mutation(
         "instruction in parts",
-        f"{SCHEDULER}/scheduler.py",
-        "if num_computed_tokens > 0 or num_new_tokens < instruction.tokens or not self._can_generate(instruction):",
-        "if num_computed_tokens > 0 or not self._can_generate(instruction):",
+        f"{SCHEDULER}/chunks.py",
+        "position > reading.start or end < reading.end or not can_read",
+        "position > reading.start or not can_read",
         ("tests/scheduler/test_steps.py",),
     ),
     Mutation(
-        "patience without end",
+        "two instructions in one step",
+        f"{SCHEDULER}/chunks.py",
+        "if reading is None and can_read",
+        "if can_read",
+        ("tests/scheduler/test_turns.py",),
+    ),
+    Mutation(
+        "a second row although none is to spare",
+        f"{SCHEDULER}/chunks.py",
+        "if turn >= 0 and not can_cross:",
+        "if False and not can_cross:",
+        ("tests/scheduler/test_turns.py",),
+    ),
+    Mutation(
+        "row given back before its step has run",
+        f"{SCHEDULER}/assignment.py",
+        "    for request, turn in missing:\n",
+        "    for request, turn in uses:\n"
+        "        if request.end >= request.conversation.start_of(turn + 1) and (request, turn) not in missing:\n"
+        "            cache.pass_by(request.request_id, request.key(turn))\n"
+        "    for request, turn in missing:\n",
+        ("tests/scheduler/test_turns.py",),
+    ),
+    Mutation(
+        "siblings that all read",
         f"{SCHEDULER}/scheduler.py",
-        "or self.squeezed_steps < PATIENCE",
-        "or self.squeezed_steps < PATIENCE * 1000",
+        "return ready and not self._is_read_by_another(request)",
+        "return ready",
+        ("tests/scheduler/test_turns.py",),
+    ),
+    Mutation(
+        "turns without a key of their own",
+        f"{SCHEDULER}/block_keys.py",
+        "for instruction in turns)]",
+        "for instruction in turns[:0])]",
+        ("tests/scheduler/test_shared_rows.py", "tests/scheduler/test_turns.py"),
+    ),
+    Mutation(
+        "patience without end",
+        f"{SCHEDULER}/starvation.py",
+        "self.steps >= PATIENCE",
+        "self.steps >= PATIENCE * 1000",
         ("tests/scheduler/test_fairness.py",),
     ),
     Mutation(
         "salt left out",
         f"{FRONTEND}/inputs.py",
-        "request.cache_salt = f\"parade:{_SECRET}:{adapter}:{instruction.digest}:{request.cache_salt or ''}\"",
-        "pass",
+        'turn_digests(tokens, turns, request.cache_salt or "")',
+        "turn_digests(tokens, turns)",
         ("tests/frontend/test_inputs.py",),
     ),
     Mutation(

@@ -11,7 +11,7 @@ import pytest
 from vllm.v1.core.sched.interface import PauseState
 
 from tests.scheduler.conftest import OVERTAKES
-from vllm_parade.scheduler.scheduler import PATIENCE
+from vllm_parade.scheduler.starvation import PATIENCE
 
 queues = pytest.mark.parametrize("overtaking", [False, True], ids=["in order", "overtaking"])
 
@@ -19,7 +19,7 @@ queues = pytest.mark.parametrize("overtaking", [False, True], ids=["in order", "
 def with_drafting(engine):
     """Let every request of a step set one more token of the input aside, as for a draft model."""
     engine.scheduler.vllm_config.speculative_config = SimpleNamespace(max_num_new_slots_for_drafting=1)
-    engine.scheduler.drafting = 1
+    engine.scheduler.guard.drafting = 1
 
 
 def test_running_requests_make_room(make_engine):

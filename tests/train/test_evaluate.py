@@ -74,7 +74,7 @@ def test_adapters_are_given_by_name(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert args.adapter == [(name, path)]
     with pytest.raises(SystemExit):
         parser().parse_args([*flags, "somewhere"])
-    assert "'somewhere': expected NAME=PATH, the folder of an adapter" in capsys.readouterr().err
+    assert "'somewhere': expected NAME=PATH with the folder of an adapter" in capsys.readouterr().err
 
 
 @pytest.fixture

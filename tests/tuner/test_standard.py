@@ -56,7 +56,7 @@ def test_a_dimension_that_never_differs_is_not_blown_up() -> None:
     observed.add(torch.tensor([[[1.0, 5.0], [3.0, 5.0], [8.0, 5.0]]]), torch.ones(1, 3).bool())
     std = observed.standard().std
     assert std[1] == pytest.approx(0.1 * std[0].item() / 2)
-    with pytest.raises(ValueError, match="0 positions tell no deviation"):
+    with pytest.raises(ValueError, match="0 positions give no deviation"):
         Observed("last_token").standard()
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An adapter on disk: its settings, its weights, and every reason to refuse it. Loads without vLLM."""
+"""Adapters on disk: config, weights and validation. Does not import vLLM."""
 
 from vllm_parade.adapter.checkpoint import Adapter, load_adapter, load_config, save_adapter
 from vllm_parade.adapter.config import DEFAULT_SITES, SITES, AdapterConfig, AdapterError

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An adapter on disk, in PEFT's layout: a folder with `adapter_config.json` and `adapter_model.safetensors`."""
+"""Reads and writes adapters in PEFT's layout: a folder with `adapter_config.json` and `adapter_model.safetensors`."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ from vllm_parade.adapter.folder import CONFIG_FILE, WEIGHTS_FILE, read_file, wri
 from vllm_parade.adapter.validation import DEFAULT_LAYERS_PATH, check_config, check_tensors, tensor_name
 from vllm_parade.adapter.weights import BaseModelShape, GeneratorWeights
 
-# The config keys that say how to compute; r, num_capsules and the layers stand in the tensors' names and shapes.
+# Config keys that change what an adapter computes. Tensor names and shapes cover r, num_capsules and the layers.
 HASHED_KEYS = (
     "pooler",
     "activation",
@@ -33,24 +33,24 @@ HASHED_KEYS = (
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """A validated adapter, on the CPU in the dtype it was stored in."""
+    """A validated adapter, on the CPU in its stored dtype."""
 
     config: AdapterConfig
     generators: dict[int, GeneratorWeights]
-    """One a layer, by the layer's number."""
+    """One generator per layer, by layer number."""
     content_hash: str
-    """SHA-256 (hex) of what the adapter computes: equal for a renamed copy, different for any other weight."""
+    """SHA-256 (hex) of all tensors and of the settings in HASHED_KEYS. A renamed copy has the same hash."""
     path: Path
 
     @property
     def num_parameters(self) -> int:
-        """Parameters of all generators, b_up included."""
+        """Number of parameters of all generators, including b_up."""
         tensors = (tensor for weights in self.generators.values() for tensor in weights.named_tensors().values())
         return sum(tensor.numel() for tensor in tensors)
 
 
 def load_config(path: str | PathLike[str]) -> AdapterConfig:
-    """Read the settings of the adapter in folder `path`; its weights stay unread.
+    """Read the settings of the adapter in folder `path`, without its weights.
 
     Raises:
         AdapterError: names the file, the key and what was expected.
@@ -60,9 +60,9 @@ def load_config(path: str | PathLike[str]) -> AdapterConfig:
     with _naming(folder / CONFIG_FILE):
         try:
             values = json.loads(content)
-        # RecursionError is a document nested thousands deep.
+        # Deeply nested JSON raises RecursionError.
         except (ValueError, RecursionError) as error:
-            raise AdapterError(f"no valid JSON ({error}); expected a JSON object") from error
+            raise AdapterError(f"not valid JSON ({error}); expected a JSON object") from error
         if not isinstance(values, dict):
             raise AdapterError(f"holds a JSON {type(values).__name__}; expected an object")
         return AdapterConfig.from_dict(values)
@@ -78,19 +78,19 @@ def load_adapter(
     """Read and validate the adapter in folder `path`.
 
     Args:
-        path: the folder
-        shape: sizes of the base model; None checks only that the adapter agrees with itself
-        max_rank: largest r that is served
-        sites: sites that are served
+        path: the adapter's folder
+        shape: sizes of the base model; with None, only the adapter's own consistency is checked
+        max_rank: largest r to accept; None accepts any
+        sites: sites to accept; None accepts all
 
     Raises:
-        AdapterError: names the file, the tensor or key, what was expected and, where there is one, the remedy.
+        AdapterError: names the file, the tensor or key, what was expected and, if there is one, the remedy.
     """
     folder = Path(path)
     config = load_config(folder)
     with _naming(folder / CONFIG_FILE):
         check_config(config, shape, max_rank, sites)
-    # Read once: what is hashed is what was loaded, even while someone replaces the file.
+    # Read once into memory, so the hash matches the loaded tensors even if the file is replaced meanwhile.
     content = read_file(folder, WEIGHTS_FILE)
     with _naming(folder / WEIGHTS_FILE):
         generators = check_tensors(config, _parse(content), shape)
@@ -104,16 +104,16 @@ def save_adapter(
     *,
     layers_path: str = DEFAULT_LAYERS_PATH,
 ) -> None:
-    """Write an adapter that `load_adapter` reads; an adapter there before is replaced.
+    """Write an adapter that `load_adapter` can read. Replaces an adapter that is already in the folder.
 
     Args:
-        path: the folder, made where it is missing
+        path: the adapter's folder; created if missing
         config: the adapter's settings
-        generators: one a layer, by the layer's number
-        layers_path: where the Hugging Face model keeps its decoder layers
+        generators: one per layer, by layer number
+        layers_path: path of the decoder layers in the Hugging Face model
 
     Raises:
-        AdapterError: `config` and `generators` do not agree; nothing is written.
+        AdapterError: `config` and `generators` do not match. Nothing is written.
     """
     folder = Path(path)
     named = _named_tensors(generators)
@@ -136,9 +136,9 @@ def _naming(file: Path) -> Iterator[None]:
 def _parse(content: bytes) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load(content)
-    # KeyError is a dtype that PyTorch does not know.
+    # A dtype that PyTorch does not know raises KeyError.
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
-        raise AdapterError(f"no readable safetensors file ({error}); expected a complete one (no pickle)") from error
+        raise AdapterError(f"not a readable safetensors file ({error}); expected a complete one (no pickle)") from error
 
 
 def _named_tensors(generators: Mapping[int, GeneratorWeights]) -> dict[tuple[int, str], Tensor]:
@@ -147,7 +147,7 @@ def _named_tensors(generators: Mapping[int, GeneratorWeights]) -> dict[tuple[int
 
 
 def _storable(tensor: Tensor) -> Tensor:
-    # Cloned because safetensors refuses tensors that share memory, as equal initial weights may.
+    # Cloned, because safetensors refuses tensors that share memory, as equal initial weights may do.
     return tensor.detach().cpu().contiguous().clone()
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an adapter's `adapter_config.json` says, checked value by value."""
+"""The content of `adapter_config.json`, with a check of each value."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -13,17 +13,17 @@ PEFT_TYPE = "PARADE"
 SITES = ("q", "k", "v", "gate", "up")
 DEFAULT_SITES = ("q", "v", "up")
 GENERATOR_INPUTS = ("layer_input", "attention_input")
-# Keys that PEFT writes into every config and that say nothing about the mathematics.
+# Keys that PEFT writes into every config. They do not affect the mathematics.
 PEFT_KEYS = ("auto_mapping", "peft_version")
 
 
 class AdapterError(ValueError):
-    """An adapter that cannot be used; the message names the file, the value and what was expected."""
+    """The adapter cannot be used. The message names the file, the value and what was expected."""
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """The settings of one adapter (PEFT's layout: the keys of `adapter_config.json`)."""
+    """The settings of one adapter. The fields are the keys of `adapter_config.json`."""
 
     base_model_name_or_path: str | None = None
     """The model the adapter was trained on."""
@@ -32,21 +32,21 @@ class AdapterConfig:
     revision: str | None = None
     """Revision of the base model."""
     inference_mode: bool = True
-    """As in PEFT: whether the adapter was saved for inference."""
+    """Whether the adapter was saved for inference, as in PEFT."""
     r: int = 12
     """Bottleneck size of the generators; a multiple of `num_capsules`."""
     num_capsules: int = 4
     """Output capsules of the pooler."""
     pooler: str = "attentional_capsule"
-    """How the instruction's tokens become one vector: attentional_capsule, dynamic_routing or last_token."""
+    """How the instruction's tokens are pooled: attentional_capsule, dynamic_routing or last_token."""
     activation: str = "gelu"
-    """Between pooler and up projection: gelu (exact), relu, silu or tanh."""
+    """Activation between pooler and up projection: gelu (exact), relu, silu or tanh."""
     sites: tuple[str, ...] = DEFAULT_SITES
     """Base projections whose outputs are scaled, out of q, k, v, gate, up."""
     generator_input: str = "layer_input"
-    """What the generator reads: layer_input (the residual stream) or attention_input (after the layer's first norm)."""
+    """Input of the generator: layer_input (the residual stream) or attention_input (after the layer's first norm)."""
     layers_to_transform: tuple[int, ...] | None = None
-    """Layer numbers that carry a generator; None means all."""
+    """Numbers of the layers that have a generator; None means all."""
 
     instruction_start_tokens: tuple[int, ...] | None = None
     """Token ids that begin a turn; None means that the whole prompt is one instruction."""
@@ -79,7 +79,7 @@ class AdapterConfig:
         known = isinstance(sites, (list, tuple)) and all(site in SITES for site in sites)
         if not known or not sites or len(set(sites)) < len(sites):
             raise AdapterError(f"sites is {sites!r}; expected a list of different sites out of {', '.join(SITES)}")
-        # The order in the file carries no meaning: vectors are always concatenated in the order of SITES.
+        # The order in the file does not matter: vectors are always concatenated in the order of SITES.
         object.__setattr__(self, "sites", tuple(site for site in SITES if site in self.sites))
         layers = self.layers_to_transform
         if layers is None:

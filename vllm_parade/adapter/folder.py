@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files of an adapter's folder: read without leaving it, written without a half-written one ever being seen."""
+"""Reads and writes the files of an adapter's folder. Refuses links out of the folder, and replaces files atomically."""
 
 import os
 from collections.abc import Mapping
@@ -9,19 +9,19 @@ from vllm_parade.adapter.config import AdapterError
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-# Where PEFT and its predecessors keep pickled weights; unpickling runs whatever code the file asks for.
+# Pickled weights of PEFT and older libraries. They are never read, because unpickling can run arbitrary code.
 PICKLE_FILES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "pytorch_model.bin")
 
 
 def read_file(folder: Path, name: str) -> bytes:
-    """The content of one of an adapter's files.
+    """Read one of an adapter's files.
 
     Raises:
-        AdapterError: no such folder or file, not readable, or a link leads out of the folder.
+        AdapterError: the folder or file is missing or unreadable, or the file is a link out of the folder.
     """
     try:
         return _resolve(folder, name).read_bytes()
-    # RuntimeError is a loop of links.
+    # A loop of links raises RuntimeError.
     except (OSError, RuntimeError) as error:
         raise AdapterError(f"{folder / name}: cannot be read: {error}") from error
 
@@ -39,7 +39,7 @@ def _resolve(folder: Path, name: str) -> Path:
     if not target.exists():
         raise AdapterError(f"{file}: no such file{_pickle_hint(folder, name)}")
     if not target.is_file():
-        raise AdapterError(f"{file}: no regular file; expected one")
+        raise AdapterError(f"{file}: not a regular file; expected one")
     return target
 
 
@@ -47,14 +47,14 @@ def _pickle_hint(folder: Path, name: str) -> str:
     pickled = [other for other in PICKLE_FILES if name == WEIGHTS_FILE and (folder / other).exists()]
     if not pickled:
         return f"; expected {CONFIG_FILE} and {WEIGHTS_FILE} in the folder"
-    return f"; {pickled[0]} is not read, since only safetensors is (no pickle): save the adapter as {WEIGHTS_FILE}"
+    return f"; {pickled[0]} is not read: only safetensors files are (no pickle); save the adapter as {WEIGHTS_FILE}"
 
 
 def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
-    """Write files of an adapter, each in one stroke and only once all of them are on the disk.
+    """Write files of an adapter. Each file is replaced atomically, after all new files are on the disk.
 
     Raises:
-        OSError: as the file system says; files written before are then as they were.
+        OSError: a file cannot be written or replaced. If writing fails, existing files stay unchanged.
     """
     folder.mkdir(parents=True, exist_ok=True)
     drafts = {name: folder / f".{name}.{os.getpid()}.tmp" for name in contents}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does an adapter fit the server, its base model and itself? Messages leave the file for the caller to name."""
+"""Checks an adapter against the server, the base model and itself. The caller adds the file name to messages."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -30,14 +30,14 @@ TENSOR_NAME = re.compile(r"base_model\.model\.(.+)\.(0|[1-9][0-9]{0,5})\.parade_
 
 
 def tensor_name(layers_path: str, layer: int, name: str) -> str:
-    """The checkpoint's name of tensor `name` (e.g. down.weight) of a layer's generator."""
+    """Name in the checkpoint of tensor `name` (e.g. down.weight) of a layer's generator."""
     return f"base_model.model.{layers_path}.{layer}.parade_generator.{name}"
 
 
 def check_config(
     config: AdapterConfig, shape: BaseModelShape | None, max_rank: int | None, sites: Sequence[str] | None
 ) -> None:
-    """Refuse settings that the server or the base model cannot serve.
+    """Refuse settings that the server or the base model does not support.
 
     Raises:
         AdapterError: names the key, its value, the limit and the remedy.
@@ -69,12 +69,12 @@ def _check_sites(config: AdapterConfig, shape: BaseModelShape | None, sites: Seq
 def check_tensors(
     config: AdapterConfig, tensors: Mapping[str, Tensor], shape: BaseModelShape | None
 ) -> dict[int, GeneratorWeights]:
-    """Sort a checkpoint's tensors into one generator a layer.
+    """Validate a checkpoint's tensors and group them into one generator per layer.
 
-    Without `shape` the hidden size and the sites' widths are those of the first layer's generator.
+    Without `shape`, the hidden size and the sites' total width are taken from the first layer's generator.
 
     Raises:
-        AdapterError: a missing, superfluous or misshapen tensor, one that is not floating, NaN or infinity.
+        AdapterError: a tensor is missing or superfluous, has a wrong shape or dtype, or holds NaN or infinity.
     """
     layers_path, last_layer = _find_layers(tensors)
     if shape is not None:
@@ -106,7 +106,7 @@ def _find_layers(tensors: Mapping[str, Tensor]) -> tuple[str, int]:
 def _sizes_as_in(
     config: AdapterConfig, tensors: Mapping[str, Tensor], layers_path: str, layer: int
 ) -> dict[str, tuple[int, ...]]:
-    """The shapes that follow when this layer's hidden size and widths are right; no size is zero."""
+    """Shapes that follow from this layer's hidden size and total width. No size is zero."""
 
     def size(name: str, axis: int) -> int:
         tensor = tensors.get(tensor_name(layers_path, layer, name))
@@ -121,11 +121,11 @@ def _check_tensor(key: str, tensor: Tensor | None, size: tuple[int, ...], meanin
         raise AdapterError(f"tensor {key!r} is missing; {expected}")
     if tuple(tensor.shape) != size:
         raise AdapterError(
-            f"tensor {key!r} has shape {list(tensor.shape)}; {expected}: the config or the base model is another"
+            f"tensor {key!r} has shape {list(tensor.shape)}; {expected}: check the config and the base model"
         )
     if tensor.dtype not in DTYPES:
         raise AdapterError(f"tensor {key!r} is {tensor.dtype}; expected one of {', '.join(map(str, DTYPES))}")
-    # The bounds of a tensor that holds NaN are NaN; one pass, where a look at every number takes several.
+    # aminmax takes one pass; checking every number takes several. If a tensor holds NaN, its bounds are NaN.
     if not all(bound.isfinite() for bound in tensor.aminmax()):
         bad = int((~torch.isfinite(tensor)).sum())
         raise AdapterError(f"tensor {key!r} holds NaN or infinity in {bad} places; expected finite numbers")

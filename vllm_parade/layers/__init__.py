@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layers of a loaded model, taught to generate vectors and to be scaled by them."""
+"""Hooks on a loaded model: generate vectors, and scale projections by them."""
 
 from vllm_parade.layers.batch import BatchMetadata
 from vllm_parade.layers.generator import ParadeLayer

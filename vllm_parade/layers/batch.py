@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the layers must know of a step: filled by the runner, read by the layers, which never see requests."""
+"""Metadata of a step. The runner fills it, and the layers read it; layers do not see requests."""
 
 from dataclasses import dataclass, field
 
@@ -12,38 +12,38 @@ from vllm_parade.ops.job import GeneratorJob, GeneratorStep, step_size
 
 @dataclass
 class BatchMetadata:
-    """One per engine, made once and then only filled: CUDA graphs replay its addresses."""
+    """Allocated once per worker and filled every step, because CUDA graphs replay its addresses."""
 
     buffer: Tensor
-    """[token rows | generator step] int32 on the device, filled by one copy a step."""
+    """[token rows | generator step] int32 on the device, filled by one copy per step."""
     token_rows: Tensor
-    """[max_num_batched_tokens] int32, a view: row of every token of the step, 0 for padding."""
+    """[max_num_batched_tokens] int32, a view of `buffer`: row of every token of the step, 0 for padding."""
     step: GeneratorStep
-    """The instructions of the step for the kernels: views."""
+    """The instructions of the step for the kernels, as views of `buffer`."""
     workspace: Tensor | None
-    """[workspace size] float32, what one kernel leaves for the next; None where generators run as the reference."""
+    """[workspace size] float32, results that one kernel passes to the next; None if generators run as the reference."""
     max_rank: int
-    """Largest r of any adapter, which the workspace is sized for."""
+    """Largest r of any adapter; determines the size of the workspace."""
     jobs: list[GeneratorJob] = field(default_factory=list)
     """The instructions of this step."""
     is_clear: bool = True
-    """Whether all rows and counts in the buffer are zero: nothing but the base model runs."""
+    """Whether all rows and counts in the buffer are zero, so that only the base model runs."""
 
     @classmethod
     def make(
         cls, max_num_tokens: int, max_num_seqs: int, max_rank: int, device: torch.device, *, kernels: bool
     ) -> "BatchMetadata":
-        """Allocate for steps of at most so many tokens and requests, and adapters of at most `max_rank`.
+        """Allocate for steps of at most `max_num_tokens` tokens and `max_num_seqs` requests, and r up to `max_rank`.
 
         Args:
-            kernels: whether generators run as Triton kernels; else as the reference
+            kernels: whether generators run as Triton kernels; otherwise they run as the reference
         """
         workspace = None
         if kernels:
             from vllm_parade.ops.generate import workspace_size
 
             workspace = torch.empty(workspace_size(max_num_tokens, max_rank), device=device)
-        # Kernels may load in wide pieces what begins at a multiple of 16 bytes.
+        # Kernels need tensors that begin at a multiple of 16 bytes for wide loads.
         step_start = (max_num_tokens + 3) // 4 * 4
         size = step_start + step_size(max_num_tokens, max_num_seqs)
         buffer = torch.zeros(size, dtype=torch.int32, device=device)
@@ -57,18 +57,18 @@ class BatchMetadata:
         )
 
     def prepare(self, request_rows: list[int], request_tokens: list[int], jobs: list[GeneratorJob]) -> None:
-        """Fill for a step: requests in batch order, with the row and the number of scheduled tokens of each."""
+        """Fill the buffer for a step. Rows and numbers of scheduled tokens are per request, in batch order."""
         self.jobs = jobs
-        # Where nobody uses an adapter, a step costs nothing.
+        # Without adapters in this step and the one before, the buffer does not change.
         nothing = not any(request_rows)
         if nothing and self.is_clear:
             return
         self.is_clear = nothing
         step_start = self.step.counts.storage_offset()
-        # Without instructions the counts alone say so; what stands behind them is not read.
+        # Without instructions, the counts are zero, and kernels read nothing behind them.
         used = len(self.buffer) if jobs else step_start + len(self.step.counts)
-        # A fresh staging buffer every step: the copy of the step before may still be under way, and PyTorch hands
-        # pinned memory out again only when it is done.
+        # A new staging buffer per step, because the previous step's copy may still be running. PyTorch reuses pinned
+        # memory only after the copy has finished.
         staged = torch.zeros(used, dtype=torch.int32, pin_memory=self.buffer.is_cuda)
         rows = np.repeat(request_rows, request_tokens)
         staged.numpy()[: len(rows)] = rows
@@ -77,6 +77,6 @@ class BatchMetadata:
         self.buffer[:used].copy_(staged, non_blocking=True)
 
     def clear(self) -> None:
-        """Prepare for a run without requests (warm-up, profiling, graph capture)."""
+        """Clear the buffer for a run without requests (warm-up, profiling, graph capture)."""
         self.buffer.zero_()
         self.jobs, self.is_clear = [], True

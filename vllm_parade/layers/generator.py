@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One layer's vector table, and the op that writes its rows while instructions pass through the layer."""
+"""The vector table of one layer, and the custom op that writes its rows for the instructions of a step."""
 
 from collections import defaultdict
 
@@ -16,12 +16,12 @@ from vllm_parade.layers.sites import SiteShard, shard_generator
 from vllm_parade.ops import reference
 from vllm_parade.ops.job import GeneratorJob
 
-# Under this key vLLM's forward context holds all ParadeLayers, by the address of their table.
+# Key of all ParadeLayers in vLLM's forward context, where they are stored by the address of their table.
 LAYERS_KEY = "parade_layers"
 
 
 class ParadeLayer:
-    """A decoder layer's share of PARADE: its vector table, and how its generator is run."""
+    """A decoder layer's vector table and generator."""
 
     def __init__(
         self,
@@ -33,34 +33,34 @@ class ParadeLayer:
         dtype: torch.dtype,
     ) -> None:
         self.layer_idx = layer_idx
-        """Of the model's layers."""
+        """Index among the model's layers."""
         self.shards = shards
         self.batch = batch
-        # Row 0 is never written, so that scaling by it is exact.
+        # Row 0 is never written and stays one, so scaling by it is exact.
         self.table = torch.ones(num_rows, sum(shard.width for shard in shards), device=device, dtype=dtype)
         self.flat: Tensor
         self.local_idx: int
 
     def bind(self, flat: Tensor, local_idx: int) -> None:
-        """Read generators from the slots.
+        """Set the slots that generators are read from.
 
         Args:
             flat: [slots, entries], packed generators
-            local_idx: of this worker's layers
+            local_idx: index among this worker's layers
         """
         self.flat, self.local_idx = flat, local_idx
 
     def shard(self, adapter: Adapter, shape: BaseModelShape) -> GeneratorWeights | None:
-        """This rank's part of an adapter's generator in host memory; None if it has none.
+        """This rank's part of an adapter's generator, in host memory. None if the adapter has none for this layer.
 
         Raises:
-            AdapterError: a weight that the model's dtype cannot hold.
+            AdapterError: a weight overflows in the model's dtype.
         """
         weights = adapter.generators.get(self.layer_idx)
         if weights is None:
             return None
         local = shard_generator(weights, adapter.config, shape, self.shards, self.table.dtype)
-        # Loading has found all of them finite: only a narrower dtype can make one overflow.
+        # Loading has checked that all weights are finite, so only a narrower dtype can overflow.
         narrower = torch.finfo(self.table.dtype).max < torch.finfo(weights.up.dtype).max
         for name, tensor in local.named_tensors().items() if narrower else ():
             if not tensor.isfinite().all():
@@ -105,7 +105,7 @@ class ParadeLayer:
             self.table[rows] = _generate(instructions, layout.views(self.flat[slot], self.local_idx), layout.config)
 
     def warm_up(self, hidden_size: int) -> None:
-        """Compile the kernels: inside the capture of a graph, or of a request's first step, it would be too late."""
+        """Compile the kernels, so that neither graph capture nor the first request compiles them."""
         from vllm_parade.ops.generate import warm_up_sizes
 
         for num_tokens in warm_up_sizes(len(self.batch.token_rows)):
@@ -123,11 +123,11 @@ def _generate(instructions: list[Tensor], weights: GeneratorWeights, config: Ada
 def parade_generate(layer_input: Tensor, attention_input: Tensor, table: Tensor) -> None:
     """Custom op: write the rows of `table` for the instructions of this step.
 
-    Opaque to the compiler, which sees only that the table changes. A step without instructions returns at once, and so
-    do full graphs, which serve decode steps. The graph of a piece is captured with the kernels in it, and replayed for
-    steps with instructions and without.
+    The op is opaque to the compiler, which sees only that the table changes. Without instructions, the op does nothing.
+    So full graphs, which serve decode steps, contain no kernels. Piecewise graphs are captured with the kernels, and
+    replayed for steps with and without instructions.
 
-    The table's address says which layer it is: a name would make every layer's code another one to compile.
+    The table's address identifies the layer. With a name instead, each layer would compile to different code.
     """
     context = get_forward_context()
     layer: ParadeLayer = context.no_compile_layers[LAYERS_KEY][table.data_ptr()]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one loop that teaches a loaded model: forward hooks on three modules of every decoder layer.
+"""Adds PARADE to a loaded model, with forward hooks on three modules of every decoder layer.
 
-Hooks sit on instances, so a draft model of the same class stays clean, and names of parameters do not change, so
-weights can be loaded again. Scaling is plain PyTorch, which a compiler fuses with what follows (rotary embedding,
-SiLU and multiplication).
+Hooks are registered on instances, so a draft model of the same class is not affected. Parameter names do not change,
+so weights can be loaded again. Scaling is plain PyTorch, which the compiler fuses with the next operations (rotary
+embedding, SiLU and multiplication).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,11 +19,11 @@ from vllm_parade.layers.sites import SiteShard, gate_up_shards, qkv_shards
 
 
 class UnsupportedModelError(ValueError):
-    """A model without the modules that PARADE adjusts."""
+    """The model lacks the modules that PARADE scales."""
 
 
 def decoder_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Decoder layers that live on this worker, by name."""
+    """Name and module of each decoder layer on this worker."""
     module: Any
     for name, module in model.named_modules():
         if all(hasattr(module, child) for child in ("input_layernorm", "self_attn", "mlp")):
@@ -43,11 +43,11 @@ def adjust_model(
     device: torch.device,
     dtype: torch.dtype,
 ) -> list[ParadeLayer]:
-    """Give every decoder layer a vector table, a generator and scaled projections.
+    """Add a vector table, a generator and scaled projections to every decoder layer.
 
     Args:
         sites: projections to scale, in the order of the table's columns
-        forward_context: vLLM's map from names to layers, through which the generator op finds its layer
+        forward_context: vLLM's map from names to layers, in which the generator op looks up its layer
     """
     layers: list[ParadeLayer] = []
     for name, module in decoder_layers(model):
@@ -71,8 +71,8 @@ def _hook_norm(norm: Any, layer: ParadeLayer) -> None:
 
 
 def _generate_vectors(norm: Any, args: tuple[Tensor, ...], output: Tensor | tuple[Tensor, Tensor]) -> None:
-    # The fused add-norm returns the residual stream beside its output, also in the first layer of a later stage of a
-    # pipeline; the model's first norm gets it as its input.
+    # The fused add-norm also returns the residual stream, even in the first layer of a later pipeline stage. The input
+    # of the model's first norm is the residual stream.
     attention_input, layer_input = output if isinstance(output, tuple) else (output, args[0])
     torch.ops.vllm.parade_generate(layer_input, attention_input, norm.parade_table)
 
@@ -89,30 +89,30 @@ def _hook_projection(projection: Any, shards: list[SiteShard], layer: ParadeLaye
 
 
 def _vectors(projection: Any, num_tokens: int) -> Iterator[tuple[int, Tensor | None]]:
-    """For every part of a projection's output its width and each token's own row [tokens, width], if it is scaled."""
+    """Width of each part of a projection's output, and its vector per token [tokens, width]; None if not scaled."""
     rows: Tensor = projection.parade_token_rows[:num_tokens]
     for width, column in projection.parade_parts:
-        # Rows are valid by construction: a check of every index would part the loads of a fused kernel by a barrier.
+        # Rows are valid by construction. Checking each index would put a barrier between the loads of a fused kernel.
         part = None if column is None else projection.parade_table[:, column : column + width]
         yield width, None if part is None else torch.ops.aten._unsafe_index.Tensor(part, [rows])
 
 
 class ScaledParts:
-    """The output of a fused projection of which a layer does nothing but split it: into parts that are scaled.
+    """The output of a fused projection, for a layer that only splits it. `split` returns scaled parts.
 
-    Scaling a part where it lies would make a compiler compute it wherever any part is read, and copy all of them for
-    the ones that attention takes as they lie.
+    With scaling in place, the compiler would repeat the scaling wherever any part is read. It would also copy all
+    parts, because attention uses some of them as views of the output.
     """
 
     def __init__(self, output: Tensor, vectors: Sequence[tuple[int, Tensor | None]]) -> None:
         self.output, self.vectors = output, vectors
 
     def split(self, sizes: Sequence[int], dim: int = -1) -> tuple[Tensor, ...]:
-        """As `torch.Tensor.split`, for the projection's own parts.
+        """Like `torch.Tensor.split`, for the sizes of the projection's parts.
 
-        Semantics: Q' = l_q * Q, V' = l_v * V; likewise K, where an adapter asks for it  (4)
+        Semantics: Q' = l_q * Q, V' = l_v * V; likewise K, if k is a site  (4)
         """
-        assert list(sizes) == [width for width, _ in self.vectors], f"split into {sizes}, which are not its parts"
+        assert list(sizes) == [width for width, _ in self.vectors], f"split into {sizes}; expected the parts' widths"
         parts = self.output.split(sizes, dim)
         return tuple(
             part if vector is None else part * vector for part, (_, vector) in zip(parts, self.vectors, strict=True)
@@ -125,9 +125,9 @@ def _scale_parts(projection: Any, args: tuple[Tensor, ...], output: tuple[Tensor
 
 
 def _scale_output(projection: Any, args: tuple[Tensor, ...], output: tuple[Tensor, Any]) -> None:
-    """Scaled here and not behind the activation, whose module vLLM passes by where it quantises what follows.
+    """Scale in place, before the activation: vLLM bypasses the activation's module if it quantises the next layer.
 
-    Semantics: U' = l_u * U; likewise the gate, where an adapter asks for it  (5)
+    Semantics: U' = l_u * U; likewise the gate, if gate is a site  (5)
     """
     result, start = output[0], 0
     for width, vector in _vectors(projection, len(result)):

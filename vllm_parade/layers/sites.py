@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where each site lies: in a projection's output, in the vector table, and in the whole model's vector."""
+"""Position of each site in a projection's output, in the vector table and in the whole model's vector."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -51,10 +51,10 @@ def shard_generator(
     shards: list[SiteShard],
     dtype: torch.dtype,
 ) -> GeneratorWeights:
-    """This rank's part of a generator, in the model's dtype, writing a whole row of the table.
+    """This rank's part of a generator, in the model's dtype. It writes all columns of the table.
 
-    The projection down and the pooler are the same on all ranks; of the projection up only the rows of this rank's
-    columns are kept, so no rank needs another's result. Sites that the adapter leaves alone get weight 0 and bias 1.
+    The down projection and the pooler are the same on all ranks. The up projection has only the rows for this rank's
+    columns, so ranks exchange no results. Sites that the adapter does not scale get weight 0 and bias 1.
     """
     starts, start = {}, 0
     for site in config.sites:

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The mathematics of PARADE: `reference` states it once, in plain PyTorch; the kernels are measured against it."""
+"""The mathematics of PARADE: `reference` defines it in plain PyTorch, and the kernels are tested against it."""
 
 import os
 
-# For tests: "kernels" or "reference", whatever the device.
+# Environment variable for tests: "kernels" or "reference", on any device.
 OVERRIDE = "PARADE_OPS"
 
 
 def use_kernels(device_type: str) -> bool:
-    """Whether generators run as Triton kernels on such a device; else they run as the reference.
+    """Whether generators run as Triton kernels on this type of device; otherwise they run as the reference.
 
     Raises:
-        ValueError: the override names neither.
+        ValueError: PARADE_OPS has another value.
     """
     choice = os.environ.get(OVERRIDE)
     if choice is None:

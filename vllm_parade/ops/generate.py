@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The generator of one layer as Triton kernels: three launches for all instructions of a step.
 
-The launch depends on the number of tokens in the batch alone. So a CUDA graph of a batch size serves every step of that
-size, and a step without instructions costs it three launches that do nothing.
+The launch parameters depend only on the number of tokens in the batch, so the CUDA graph of a batch size serves every
+step of that size. In a step without instructions, the three launches do nothing.
 """
 
 from collections.abc import Callable
@@ -21,17 +21,17 @@ from vllm_parade.ops.packed import ALIGNMENT
 BLOCK_HIDDEN = 128
 BLOCK_OUT = 256
 MAX_SPLITS = 4
-# Programs that fill a large device; below this, the hidden size is split.
+# This many programs fill a large device. With fewer, the hidden size is split.
 ENOUGH_PROGRAMS = 64
 POOL_ELEMENTS = 4096
-# Programs along instructions and along capsules; where there are more, a program takes several.
+# Programs along instructions and along capsules. If there are more instructions or capsules, programs loop.
 POOL_PROGRAMS = (32, 4)
 WRITE_PROGRAMS = 32
 
 
 def workspace_size(num_tokens: int, max_rank: int) -> int:
-    """Float32 numbers that `generate_rows` needs for batches of at most `num_tokens` tokens."""
-    # Splitting stops where tokens fill the device, so large batches need one part, small ones up to MAX_SPLITS.
+    """Float32 entries that `generate_rows` needs for batches of at most `num_tokens` tokens."""
+    # Large batches fill the device and need one part. Smaller batches are split into up to MAX_SPLITS parts.
     most_split = min(num_tokens, ENOUGH_PROGRAMS * BLOCK_TOKENS) * MAX_SPLITS
     return _block_r(max_rank) * (2 * max(num_tokens, most_split) + num_tokens)
 
@@ -48,19 +48,19 @@ def _splits(num_tokens: int, hidden_size: int) -> int:
 
 
 def warm_up_sizes(max_num_tokens: int) -> list[int]:
-    """Batch sizes that between them launch every variant of the kernels, so that none is compiled in a later step."""
+    """Batch sizes that together compile every variant of the kernels, so that no later step compiles one."""
     return sorted({min(max_num_tokens, ENOUGH_PROGRAMS * BLOCK_TOKENS // parts) for parts in (1, 2, MAX_SPLITS)})
 
 
-# Kernels as compiled for their constants.
+# Compiled kernels by kernel, dtype and constants.
 _compiled: dict[tuple[Any, ...], Any] = {}
 
 
 class _Launch:
-    """One kernel on one grid, launched past Triton's own look-up, which costs more than the kernels themselves.
+    """One kernel on one grid. Skips Triton's lookup of the compiled kernel, which takes longer than the kernels.
 
-    Whatever a kernel is specialised on must be a constant: integers are not specialised, and every address is a
-    multiple of 16.
+    One compiled kernel serves all calls, so it may be specialised only on constants. Integers are not specialised, and
+    every address must be a multiple of 16.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class _Launch:
 
 
 class _Launches:
-    """The three launches for batches of one size: nothing is computed anew where the host is what a step waits for."""
+    """The three launches for one batch size. Cached per batch size, because launches are host-bound."""
 
     def __init__(
         self,
@@ -99,14 +99,14 @@ class _Launches:
         dtype: torch.dtype,
     ) -> None:
         block_r, splits = _block_r(max_rank), _splits(num_tokens, hidden_size)
-        # Behind the messages stand as many logits, then the activated capsules.
+        # The workspace holds the messages, logits of the same size, and the activated capsules.
         self.logits_start = splits * num_tokens * block_r
         self.workspace_size = 2 * self.logits_start + num_tokens * block_r
         self.split_blocks = triton.cdiv(hidden_size, splits * BLOCK_HIDDEN)
         self.project = _Launch(
             project_kernel,
             dtype,
-            # Instructions end where they like: twice as many tiles as tokens need are a comfortable upper estimate.
+            # Instructions may end in partial tiles, so allow twice the tiles of the tokens. Beyond that, programs loop.
             (2 * triton.cdiv(num_tokens, BLOCK_TOKENS), splits, 1),
             {
                 "STRIDE": stride,
@@ -144,7 +144,7 @@ class _Launches:
                 "ALIGNMENT": ALIGNMENT,
                 "BLOCK_OUT": BLOCK_OUT,
             },
-            # Each thread adds up its own outputs.
+            # With one warp, each thread sums its own outputs.
             num_warps=1,
         )
 
@@ -162,7 +162,7 @@ def generate_rows(
     workspace: Tensor,
     max_rank: int,
 ) -> None:
-    """Write the table's rows of all instructions of a step.
+    """Write the rows of all instructions of a step into the table.
 
     Semantics: table[row] = reference.generate(hidden[start : start + length], ...) for every job
 
@@ -171,9 +171,9 @@ def generate_rows(
         attention_input: [tokens, hidden]
         table: [rows, width], in the dtype of the inputs
         flat: [slots, entries], packed generators in the same dtype
-        layer: which of the packed layers this is
+        layer: index of this layer in the packed generators
         step: the instructions, on the device
-        workspace: float32, `workspace_size` numbers
+        workspace: float32, `workspace_size` entries
         max_rank: largest r in any slot
     """
     stride = layer_input.stride()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The instructions of a step, laid out as the kernels take them. Needs no Triton."""
+"""The instructions of a step, in the layout that the kernels read. Needs no Triton."""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from vllm_parade.ops.packed import GeneratorLayout
 
 
 class JobField(IntEnum):
-    """Columns of `jobs`, one row an instruction."""
+    """Columns of `jobs`, which has one row per instruction."""
 
     ROW = 0
     START = 1
@@ -27,9 +27,9 @@ class JobField(IntEnum):
     READS_ATTENTION_INPUT = 8
     """1 for the attention's input, 0 for the layer's."""
     LAYER_SIZE = 9
-    """Entries of a layer in the slot."""
+    """Entries per layer in the slot."""
     QUERY = 10
-    """Where a tensor begins in its layer; ABSENT for none."""
+    """Offset of the tensor in its layer, as for the three fields below; ABSENT if there is none."""
     WEIGHT = 11
     UP = 12
     BIAS = 13
@@ -52,12 +52,12 @@ class Activation(IntEnum):
     TANH = 3
 
 
-# Columns of `jobs` with padding. Kernels are compiled for addresses that are multiples of 16 bytes.
+# Columns of `jobs`, padded because kernels are compiled for addresses that are multiples of 16 bytes.
 NUM_JOB_FIELDS = 16
 ABSENT = -1
-# Columns of `tiles`, one row a piece of an instruction: the job and the first token within it.
+# Columns of `tiles`, which has one row per tile of an instruction: the job, and the tile's first token in it.
 NUM_TILE_FIELDS = 2
-# Number of jobs, number of tiles, padding.
+# Entries of `counts`: number of jobs, number of tiles, padding.
 NUM_COUNTS = 4
 BLOCK_TOKENS = 32
 
@@ -71,19 +71,19 @@ class GeneratorJob:
     length: int
     slot: int
     layout: GeneratorLayout
-    """Of the adapter that holds the slot."""
+    """Layout of the adapter in the slot."""
 
 
 @dataclass(frozen=True)
 class GeneratorStep:
-    """The instructions of a step on the device, at addresses that never change: CUDA graphs replay them."""
+    """The instructions of a step. On the device, the addresses never change, as CUDA graphs require."""
 
     counts: Tensor
     """[NUM_COUNTS] int32"""
     jobs: Tensor
-    """[max jobs, NUM_JOB_FIELDS] int32; those past the count are left over from earlier steps"""
+    """[max jobs, NUM_JOB_FIELDS] int32; rows beyond the count are not read"""
     tiles: Tensor
-    """[max tiles, NUM_TILE_FIELDS] int32, likewise"""
+    """[max tiles, NUM_TILE_FIELDS] int32; rows beyond the count are not read"""
 
     @classmethod
     def in_buffer(cls, buffer: Tensor, max_jobs: int) -> "GeneratorStep":
@@ -93,7 +93,7 @@ class GeneratorStep:
         return cls(counts, jobs.view(-1, NUM_JOB_FIELDS), tiles.view(-1, NUM_TILE_FIELDS))
 
     def fill(self, jobs: Sequence[GeneratorJob]) -> None:
-        """Write a step's jobs into a buffer in host memory."""
+        """Write the jobs of a step. The buffer must be in host memory."""
         fields: list[int] = []
         tiles: list[int] = []
         for number, job in enumerate(jobs):
@@ -106,7 +106,7 @@ class GeneratorStep:
 
 
 def step_size(max_num_tokens: int, max_jobs: int) -> int:
-    """int32 numbers of a GeneratorStep for batches of at most so many tokens and instructions."""
+    """int32 entries of a GeneratorStep for batches of at most `max_num_tokens` tokens and `max_jobs` instructions."""
     max_tiles = math.ceil(max_num_tokens / BLOCK_TOKENS) + max_jobs
     return NUM_COUNTS + max_jobs * NUM_JOB_FIELDS + max_tiles * NUM_TILE_FIELDS
 

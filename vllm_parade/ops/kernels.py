@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton kernels of the generator, for all instructions of a step, whatever their adapters; `generate` launches them.
+"""Triton kernels of the generator, for all instructions of a step and all their adapters. `generate` launches them.
 
-1. `project_kernel`: the tokens of all instructions through W_down, W_k and v_k. Split over the hidden size where tokens
-   are few, so that one prompt fills the device; the next kernel adds the parts up, always in the same order.
-2. `pool_kernel`: both routing passes for every instruction and capsule, and the activation.
-3. `write_kernel`: the projection up, into the table's rows.
+1. `project_kernel` multiplies the tokens of all instructions by W_down, W_k and v_k. With few tokens, it splits the
+   hidden size, so that one prompt fills the device. The next kernel adds up the parts, always in the same order.
+2. `pool_kernel` computes both routing passes for every instruction and capsule, and the activation.
+3. `write_kernel` computes the up projection and writes the table's rows.
 
-How many instructions there are, and what they ask for, the kernels read on the device and share out among their
-programs. Equations as in `reference.generate`, with one difference: H' is not rounded to the model's dtype between (6)
-and (7).
+The kernels read the number of instructions and their settings from device memory, and distribute the instructions over
+their programs. Equations are those of `reference.generate`, with one difference: H' is not rounded to the model's dtype
+between (6) and (7).
 """
 
 import triton
@@ -70,7 +70,7 @@ def project_kernel(
         start, length, slot = tl.load(job + START), tl.load(job + LENGTH), tl.load(job + SLOT)
         r, capsules, layer_size = tl.load(job + RANK), tl.load(job + CAPSULES), tl.load(job + LAYER_SIZE)
         query, weight = tl.load(job + QUERY), tl.load(job + WEIGHT)
-        # As the packing promises.
+        # Packing aligns every tensor to ALIGNMENT entries.
         down = flat + tl.multiple_of(slot.to(tl.int64) * SLOT_SIZE + layer.to(tl.int64) * layer_size, ALIGNMENT)
         hidden = layer_input
         if tl.load(job + READS_ATTENTION_INPUT) == 1:
@@ -80,7 +80,7 @@ def project_kernel(
         rows = (start + tokens).to(tl.int64)
         projected = tl.zeros([BLOCK_TOKENS, BLOCK_R], dtype=tl.float32)
         for block in range(split * split_blocks, (split + 1) * split_blocks):
-            # A multiple of BLOCK_HIDDEN, as the compiler sees: loads are wide.
+            # The compiler sees that d is a multiple of BLOCK_HIDDEN, and uses wide loads.
             d = block * BLOCK_HIDDEN
             live = d + depth < HIDDEN_SIZE
             x = tl.load(
@@ -95,7 +95,7 @@ def project_kernel(
             )
             projected = tl.dot(x, w, projected, input_precision="ieee")
 
-        # Messages and logits are linear in H', so each split may send its part.
+        # Messages and logits are linear in H', so each split writes its part of them.
         out = messages + rows[:, None] * BLOCK_R + columns[None, :]
         sent = inside[:, None] & (columns < r)[None, :]
         if weight >= 0:
@@ -206,14 +206,14 @@ def pool_kernel(
             tl.load(job + ACTIVATION),
         )
         for capsule in range(tl.program_id(1), capsules, tl.num_programs(1)):
-            # Last-token pooling knows no capsules, but its r entries are shared out among the programs just the same;
-            # the last one takes what division leaves over.
+            # Last-token pooling has no capsules, but its r entries are split in the same way. The last part takes the
+            # remainder.
             size = r // capsules
             begin = capsule * size
             if capsule == capsules - 1:
                 size = r - begin
             out = activated + number * BLOCK_R + begin
-            # The paper's capsules hold 3 entries: sizing blocks for the largest adapter would idle most lanes.
+            # The paper's capsules have 3 entries. Blocks for the largest adapter would leave most lanes idle.
             if size <= 4:
                 small = _pool_capsule(
                     workspace, logits, part, start, length, begin, size, capsule, pooler,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An adapter's generators in one flat tensor, so that one copy brings them to the device. Needs no Triton."""
+"""Packs an adapter's generators into one flat tensor, which one copy moves to the device. Needs no Triton."""
 
 import math
 from collections.abc import Sequence
@@ -11,25 +11,25 @@ from torch import Tensor
 from vllm_parade.adapter import AdapterConfig, GeneratorWeights
 from vllm_parade.adapter.weights import shapes_for_sizes
 
-# Every tensor begins at a multiple of this many entries: 32 bytes or more, so kernels may load it in wide pieces.
+# Every tensor begins at a multiple of this many entries (32 bytes or more), so kernels can use wide loads.
 ALIGNMENT = 16
 
 
 @dataclass(frozen=True)
 class GeneratorLayout:
-    """Where the tensors of one layer's generator stand. All layers of an adapter have the same layout."""
+    """Positions of the tensors of one layer's generator. All layers of an adapter have the same layout."""
 
     config: AdapterConfig
     shapes: dict[str, tuple[int, ...]]
-    """By the names of the checkpoint."""
+    """Shapes by checkpoint name."""
     offsets: dict[str, int]
-    """Entry at which each tensor begins, counted from the layer's first."""
+    """First entry of each tensor, relative to the layer's first entry."""
     size: int
-    """Entries of a layer."""
+    """Entries per layer."""
 
     @classmethod
     def of(cls, config: AdapterConfig, hidden_size: int, width: int) -> "GeneratorLayout":
-        """Layout for vectors of `width` entries, whatever sites the adapter itself names."""
+        """Layout for vectors of `width` entries, which may include sites that the adapter does not scale."""
         shapes, offsets, end = shapes_for_sizes(config, hidden_size, width), {}, 0
         for name, shape in shapes.items():
             offsets[name] = end
@@ -37,7 +37,7 @@ class GeneratorLayout:
         return cls(config, shapes, offsets, end)
 
     def views(self, flat: Tensor, layer: int) -> GeneratorWeights:
-        """A layer's generator in a flat tensor."""
+        """A layer's generator, as views of a flat tensor."""
         start = layer * self.size
         return GeneratorWeights.from_named_tensors(
             {name: _view(flat[start + offset :], name, self.shapes[name]) for name, offset in self.offsets.items()}
@@ -46,7 +46,7 @@ class GeneratorLayout:
 
 @dataclass(frozen=True)
 class PackedGenerators:
-    """The generators of one adapter, layer by layer."""
+    """The generators of all layers of one adapter."""
 
     layout: GeneratorLayout
     flat: Tensor
@@ -56,9 +56,9 @@ class PackedGenerators:
     def pack(
         cls, layout: GeneratorLayout, generators: Sequence[GeneratorWeights | None], dtype: torch.dtype, *, pin: bool
     ) -> "PackedGenerators":
-        """Join the generators of all layers; page-locked with `pin`, so that the device copies without the host.
+        """Pack the generators of all layers. `pin` page-locks the tensor, for asynchronous copies to the device.
 
-        A layer that the adapter leaves alone gets zeros and a bias of one, which write exactly one.
+        A layer without a generator gets zero weights and a bias of one, so its vectors are exactly one.
         """
         flat = torch.zeros(len(generators) * layout.size, dtype=dtype, pin_memory=pin)
         for layer, weights in enumerate(generators):
@@ -72,8 +72,8 @@ class PackedGenerators:
 
 
 def max_entries(num_layers: int, hidden_size: int, width: int, max_rank: int) -> int:
-    """Entries that the largest adapter needs whose r is at most `max_rank`."""
-    # As many capsules as r make the largest pooler.
+    """Entries of the largest adapter with an r of at most `max_rank`."""
+    # The pooler is largest if num_capsules equals r.
     config = AdapterConfig(r=max_rank, num_capsules=max_rank)
     return num_layers * GeneratorLayout.of(config, hidden_size, width).size
 
@@ -85,9 +85,9 @@ def _aligned(entries: int) -> int:
 def _view(flat: Tensor, name: str, shape: tuple[int, ...]) -> Tensor:
     part = flat[: math.prod(shape)]
     if name == "up.weight":
-        # [d_out, r] is stored as [r, d_out]: whatever r is, neighbouring outputs are loaded together.
+        # [d_out, r] is stored as [r, d_out], so that loads of neighbouring outputs are contiguous for every r.
         return part.view(shape[1], shape[0]).T
     if name == "pooler.weight":
-        # All W_k lie side by side: [k, r, c] is stored as [r, k, c].
+        # [k, r, c] is stored as [r, k, c], so that all W_k lie side by side.
         return part.view(shape[1], shape[0], shape[2]).permute(1, 0, 2)
     return part.view(shape)

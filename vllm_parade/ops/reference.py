@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PARADE in plain PyTorch: the one statement of the mathematics that training, tests, kernels and benchmarks share.
+"""PARADE in plain PyTorch: the single definition of the mathematics, for training, tests, kernels and benchmarks.
 
 Equation numbers are those of the paper (PARADE: Parameter-Efficient Fine-tuning with Prompt Aware Representation
-ADjustmEnt). Pooling runs in `pooling_dtype` (float32) whatever the model's dtype; the two projections run in the
-model's dtype, so that a generator costs what a small linear layer costs.
+ADjustmEnt). Pooling runs in `pooling_dtype` (by default float32). The two projections run in the model's dtype,
+so a generator costs as much as a small linear layer.
 
 Shapes: `batch` prompts padded to `tokens` positions, hidden size `d`, bottleneck `r`, `k` capsules, `d_out` vector
 entries.
@@ -26,7 +26,7 @@ ROUTING_PASSES = 2
 
 
 def squash(capsules: Tensor) -> Tensor:
-    """Shrink capsules to a length below one, keeping their direction.
+    """Shrink capsules to a length below one, without changing their direction.
 
     Semantics: |s|^2 / (1 + |s|^2) * s / |s|, and 0 where s = 0  (8)
 
@@ -38,12 +38,12 @@ def squash(capsules: Tensor) -> Tensor:
 
 
 def route(messages: Tensor, logits: Tensor, mask: Tensor) -> Tensor:
-    """Pool the tokens' messages into capsules by two passes of agreement.
+    """Pool the tokens' messages into capsules in two routing passes.
 
     Semantics: c = squash(softmax(m) @ M); m = m + M @ c; c = squash(softmax(m) @ M)  (8), (10)
 
     Args:
-        messages: [batch, k, tokens, r / k], what every token tells every capsule
+        messages: [batch, k, tokens, r / k], from each token to each capsule
         logits: [batch, k, tokens], initial attention
         mask: [batch, tokens] bool, True at the instruction's tokens
 
@@ -66,7 +66,7 @@ def pool(projected: Tensor, mask: Tensor, *, pooler: str, query: Tensor | None, 
 
     Args:
         projected: [batch, tokens, r]
-        mask: [batch, tokens] bool, at least one True a row
+        mask: [batch, tokens] bool, at least one True per row
         pooler: one of `POOLERS`
         query: [k, r], the v_k (attentional_capsule only)
         weight: [k, r, r / k], the W_k (not for last_token)
@@ -101,7 +101,7 @@ def generate(
     activation: str,
     pooling_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Read instructions, write their adjusting vectors.
+    """Generate the vectors of a batch of instructions.
 
     Semantics: l = g(pool(h @ down.T)) @ up.T + bias  (6)
 
@@ -115,13 +115,13 @@ def generate(
         bias: [d_out]
         pooler: one of `POOLERS`
         activation: one of `ACTIVATIONS`
-        pooling_dtype: dtype of pooling and activation; float64 shows how far rounding alone moves a result
+        pooling_dtype: dtype of pooling and activation; float64 shows the effect of rounding alone
 
     Returns:
         [batch, d_out] in the dtype of `hidden`
     """
-    # In a forward pass positions outside the instruction may hold anything, NaN included, which a weight of zero
-    # would not silence.
+    # Positions outside the instruction may hold any value, including NaN. An attention weight of zero would not remove
+    # a NaN.
     projected = F.linear(hidden, down).to(pooling_dtype).masked_fill(~mask[..., None], 0)
     cast = {"query": query, "weight": weight}
     pooled = pool(

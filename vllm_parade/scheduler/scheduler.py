@@ -27,6 +27,7 @@ from vllm_parade.scheduler.block_keys import conversation_of
 from vllm_parade.scheduler.chunks import next_chunk
 from vllm_parade.scheduler.rows import RowCache
 from vllm_parade.scheduler.slots import SlotCache
+from vllm_parade.scheduler.starvation import StarvationGuard
 from vllm_parade.stats import RowCounts
 
 if TYPE_CHECKING:
@@ -36,9 +37,6 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 else:
     Base = object
-
-# Number of steps without room for an instruction after which running requests get fewer tokens.
-PATIENCE = 4
 
 
 class ParadeSchedulerMixin(Base):
@@ -61,13 +59,7 @@ class ParadeSchedulerMixin(Base):
         self.spare_rows = 0
         # Rows of running requests that compute their last turn.
         self.settled: dict[str, int] = {}
-        # The first request whose instruction found no room, and in how many steps it found none.
-        self.squeezed: Request | None = None
-        self.squeezed_steps = 0
-        self.step_squeezed: Request | None = None
-        # Tokens, drafting slots included, that running requests may still take in this step. None means no limit.
-        self.share: int | None = None
-        self.drafting = drafting_slots(self.vllm_config)
+        self.guard = StarvationGuard(drafting_slots(self.vllm_config))
         # Prompt tokens before a first turn that were found in the prefix cache.
         self.shared_base_tokens = 0
 
@@ -78,26 +70,15 @@ class ParadeSchedulerMixin(Base):
         self.step_ahead.clear()
         # Every request that holds no row can get one.
         self.spare_rows = self.rows.available - (self.max_num_running_reqs - self.rows.num_holders)
-        self.step_squeezed = None
-        self.share = self._share_of_running()
+        self.guard.begin(self._share_of_running())
         output = super().schedule(*args, **kwargs)
-        if self.step_squeezed is None and self.waiting and self._is_full(output):
-            # The step was full before vLLM considered a waiting request.
-            self.step_squeezed = self.waiting.peek_request()
-        if self.share is not None:
-            # If the request lacked something other than tokens, running requests must not stop again in the next step.
-            self.squeezed, self.squeezed_steps = None, 0
-        elif self.step_squeezed is not None:
-            again = self.step_squeezed is self.squeezed
-            self.squeezed, self.squeezed_steps = self.step_squeezed, self.squeezed_steps + 1 if again else 1
+        self.guard.end(self.waiting.peek_request() if self.waiting and self._is_full(output) else None)
         return output
 
     def _share_of_running(self) -> int | None:
-        request = self.squeezed
-        if request is None or request.is_finished() or self.squeezed_steps < PATIENCE:
-            return None
-        conversation = conversation_of(request)
-        if conversation is None:
+        """Tokens of the next step that other running requests may take; None if no instruction waits too long."""
+        request = self.guard.request
+        if request is None or not self.guard.waits_too_long() or (conversation := conversation_of(request)) is None:
             return None
         position = request.num_computed_tokens
         if request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED):
@@ -119,9 +100,9 @@ class ParadeSchedulerMixin(Base):
     def _is_full(self, output: "SchedulerOutput") -> bool:
         """Whether a step has no tokens left to schedule, or the model's input has no room left."""
         tokens = output.total_num_scheduled_tokens
-        inputs = tokens + self.drafting * len(output.num_scheduled_tokens)
+        inputs = tokens + self.guard.drafting * len(output.num_scheduled_tokens)
         room = self.scheduler_config.max_num_batched_tokens - inputs
-        return tokens >= self.max_num_scheduled_tokens or room <= self.drafting
+        return tokens >= self.max_num_scheduled_tokens or room <= self.guard.drafting
 
     def _has_vectors(self, request: "Request", instruction: Instruction) -> bool:
         """Whether a row holds an instruction's vectors, or will when the request's next tokens are computed."""
@@ -177,15 +158,15 @@ class ParadeSchedulerMixin(Base):
         return blocks, position
 
     def _reserve_prefill_lookahead(self, request: "Request", num_computed_tokens: int, num_new_tokens: int) -> int:
-        limited = self.share is not None and request.status == RequestStatus.RUNNING and request is not self.squeezed
+        limited = self.guard.limits(request, running=request.status == RequestStatus.RUNNING)
         if limited:
-            num_new_tokens = max(0, min(num_new_tokens, self.share - self.drafting))
+            num_new_tokens = self.guard.limit(num_new_tokens)
         conversation = conversation_of(request)
         if conversation is not None and request.request_id not in self.settled:
             num_new_tokens = self._within_turns(request, conversation, num_computed_tokens, num_new_tokens)
         num_new_tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
-        if limited and num_new_tokens:
-            self.share -= num_new_tokens + self.drafting
+        if limited:
+            self.guard.take(num_new_tokens)
         return num_new_tokens
 
     def _within_turns(self, request: "Request", conversation: Conversation, position: int, offered: int) -> int:
@@ -203,12 +184,11 @@ class ParadeSchedulerMixin(Base):
         if chunk.reading is not None:
             self.step_adapters.add(conversation.adapter)
             self.step_readers[chunk.reading.key] = request
-            if request is self.squeezed:
-                self.squeezed = None
+            self.guard.found_room(request)
         elif (
             chunk.tokens == 0 and turn >= 0 and offered < self._unread_tokens(request, conversation.instructions[turn])
         ):
-            self.step_squeezed = self.step_squeezed or request
+            self.guard.found_no_room(request)
         if chunk.tokens or request.status == RequestStatus.RUNNING:
             self._note_ahead(request, conversation, end)
         return chunk.tokens

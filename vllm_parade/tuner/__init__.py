@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """PARADE as a method of PEFT: `get_peft_model(model, ParadeConfig())`, `PeftModel.from_pretrained(model, folder)`.
 
-Importing this makes the method known to PEFT. Nothing in here imports vLLM.
+Importing this package registers the method with PEFT. It does not import vLLM.
 """
 
 from aenum import extend_enum
@@ -9,7 +9,7 @@ from peft import PeftType
 from peft.utils import register_peft_method
 
 if "PARADE" not in PeftType.__members__:
-    # PEFT takes methods from outside, but only under names of this enum.
+    # PEFT registers external methods only under names of this enum.
     extend_enum(PeftType, "PARADE", "PARADE")
 
 from vllm_parade.tuner import attention

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """xformers' attention for training on GPUs: `from_pretrained(..., attn_implementation="xformers")`.
 
-For packed batches, several sequences in one row whose position ids begin anew, and for batches without padding. It
-needs a GPU and the package xformers; eager and sdpa attention take packed batches too, wherever PyTorch runs.
+Supports packed batches (one row of several sequences, whose position ids restart) and batches without padding. Needs a
+GPU and the package xformers. Eager and sdpa attention also support packed batches, on any device.
 """
 
 from typing import Any
@@ -13,12 +13,12 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 NAME = "xformers"
-# Attribute by which the layers of a pass share what the first of them computed.
+# Attribute of the position ids that caches the first layer's bias for the other layers of a forward pass.
 BIAS = "parade_bias"
 
 
 def sequence_lengths(position_ids: Tensor) -> list[int]:
-    """Lengths of the sequences in a packed row: each begins where positions do not go on.
+    """Lengths of the sequences in a packed row. Each begins where the position is not the previous one plus 1.
 
     Args:
         position_ids: [1, tokens]
@@ -47,14 +47,14 @@ def xformers_attention(
         position_ids: [batch, tokens]
 
     Raises:
-        ValueError: a padded batch.
+        ValueError: the batch has padding.
     """
     from xformers.ops import memory_efficient_attention
 
     if attention_mask is not None:
         raise ValueError("xformers attention takes no padding; pack the batch (--packed), or use sdpa attention")
     groups = key.shape[1]
-    # [batch, tokens, key heads, query heads of each, head size]
+    # [batch, tokens, key heads, query heads per key head, head size]
     q = query.transpose(1, 2).unflatten(2, (groups, -1))
     k, v = (part.transpose(1, 2)[:, :, :, None].expand(-1, -1, -1, q.shape[3], -1) for part in (key, value))
     bias = _bias(q.shape[1], k.shape[1], position_ids)
@@ -73,11 +73,11 @@ def _bias(queries: int, keys: int, position_ids: Tensor | None) -> Any:
 
 
 def _mask(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-    """Nothing where nothing is padding: which tokens see which, position ids say."""
+    """None if there is no padding; then the position ids determine the attention."""
     return None if attention_mask is None or attention_mask.all() else attention_mask
 
 
 def register() -> None:
-    """Make the implementation known to Transformers; xformers itself is imported when it is used."""
+    """Register the implementation with Transformers. xformers is imported on first use."""
     ALL_ATTENTION_FUNCTIONS.register(NAME, xformers_attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, _mask)

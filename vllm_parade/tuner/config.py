@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An adapter's settings as PEFT carries them."""
+"""An adapter's settings as a PEFT config."""
 
 from dataclasses import dataclass, field, fields
 
@@ -10,14 +10,14 @@ from vllm_parade.adapter.config import DEFAULT_SITES, AdapterConfig
 
 @dataclass
 class ParadeConfig(PeftConfig):
-    """Settings of a PARADE adapter, for `peft.get_peft_model`; saved, they are the server's `adapter_config.json`.
+    """Settings of a PARADE adapter, for `peft.get_peft_model`. Saving writes the server's `adapter_config.json`.
 
     Raises:
         AdapterError: names the field, its value and what was expected.
     """
 
     task_type: str | None = field(default=TaskType.CAUSAL_LM, metadata={"help": "Only causal language models."})
-    # PEFT asks for it; every decoder layer is adapted that `layers_to_transform` names.
+    # PEFT reads this attribute. `layers_to_transform` selects the decoder layers instead.
     target_modules = None
 
     r: int = field(default=12, metadata={"help": "Bottleneck size of the generators; a multiple of num_capsules."})
@@ -25,12 +25,12 @@ class ParadeConfig(PeftConfig):
     pooler: str = field(
         default="attentional_capsule",
         metadata={
-            "help": "How the instruction's tokens become one vector: attentional_capsule, dynamic_routing (PARADE-2) "
+            "help": "How the instruction's tokens are pooled: attentional_capsule, dynamic_routing (PARADE-2) "
             "or last_token (PARADE-1)."
         },
     )
     activation: str = field(
-        default="gelu", metadata={"help": "Between pooler and up projection: gelu, relu, silu or tanh."}
+        default="gelu", metadata={"help": "Activation between pooler and up projection: gelu, relu, silu or tanh."}
     )
     sites: list[str] = field(
         default_factory=lambda: list(DEFAULT_SITES),
@@ -39,12 +39,12 @@ class ParadeConfig(PeftConfig):
     generator_input: str = field(
         default="layer_input",
         metadata={
-            "help": "What the generator reads: layer_input (the residual stream) or attention_input (the same after "
+            "help": "Input of the generator: layer_input (the residual stream) or attention_input (the same after "
             "the layer's first norm)."
         },
     )
     layers_to_transform: list[int] | None = field(
-        default=None, metadata={"help": "Numbers of the layers that carry a generator; None means all."}
+        default=None, metadata={"help": "Numbers of the layers that have a generator; None means all."}
     )
 
     instruction_start_tokens: list[int] | None = field(
@@ -62,13 +62,13 @@ class ParadeConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = PeftType.PARADE
         checked = self.adapter_config()
-        # As saved: sites in the order of the vectors, and lists instead of tuples, which YAML and JSON lack.
+        # As in the server's config, with lists instead of tuples, which JSON lacks.
         for name, value in vars(checked).items():
             if isinstance(value, tuple):
                 setattr(self, name, list(value))
 
     def adapter_config(self) -> AdapterConfig:
-        """The same settings as the server knows them, checked."""
+        """The same settings as the server's config, validated."""
         names = {known.name for known in fields(AdapterConfig)}
         values = {known.name: getattr(self, known.name) for known in fields(self) if known.name in names}
         return AdapterConfig(**values)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A decoder layer's generators, one for each adapter, as PEFT's tuner layers; named as the checkpoint names tensors."""
+"""A decoder layer's generators, one per adapter, as a PEFT tuner layer. Names are those of the checkpoint."""
 
 from typing import Any, cast
 
@@ -20,35 +20,35 @@ class Pooler(nn.Module):
 
 
 class ParadeGenerator(nn.Module, BaseTunerLayer):
-    """The generators of one decoder layer, whose child it is."""
+    """The generators of one decoder layer, as a child module of that layer."""
 
     adapter_layer_names = ("down", "query", "matrix", "up")
-    # PEFT's, of which the type checker sees nothing.
+    # Defined by PEFT, without types.
     set_adapter: Any
     delete_adapter: Any
 
     def __init__(self, layer_idx: int) -> None:
         super().__init__()
         self.layer_idx = layer_idx
-        # Of the pass that is in this layer now.
+        # Turns of the forward pass that currently runs this layer.
         self.turns: BatchTurns | None = None
-        # While somebody looks at what would be read.
+        # Set while `ParadeModel.standardize` collects hidden states.
         self.observed: Observed | None = None
         self.down, self.up = nn.ModuleDict(), nn.ModuleDict()
         self.pooler = Pooler()
 
     @property
     def query(self) -> nn.ParameterDict:
-        """The pooler's v_k, where PEFT looks for them."""
+        """The pooler's v_k, as an attribute that PEFT can find."""
         return self.pooler.query
 
     @property
     def matrix(self) -> nn.ParameterDict:
-        """The pooler's W_k, where PEFT looks for them; it takes `weight` for the base layer's."""
+        """The pooler's W_k, as an attribute that PEFT can find. PEFT uses `weight` for the base layer's weight."""
         return self.pooler.weight
 
     def add(self, adapter_name: str, weights: GeneratorWeights) -> None:
-        """Take an adapter's generator as trainable parameters."""
+        """Add an adapter's generator as trainable parameters."""
         self.down[adapter_name] = DownProjection(weights.down)
         up = nn.Linear(weights.up.shape[1], weights.up.shape[0], device="meta")
         up.weight, up.bias = nn.Parameter(weights.up), nn.Parameter(weights.bias)
@@ -58,13 +58,13 @@ class ParadeGenerator(nn.Module, BaseTunerLayer):
                 part[adapter_name] = nn.Parameter(tensor)
 
     def weights(self, adapter_name: str) -> GeneratorWeights:
-        """An adapter's generator as `ops.reference.generate` takes it; gradients flow through."""
+        """An adapter's generator for `ops.reference.generate`. Gradients flow through."""
         down, up = cast(DownProjection, self.down[adapter_name]), cast(nn.Linear, self.up[adapter_name])
         query, weight = (cast(Any, part).get(adapter_name) for part in (self.query, self.matrix))
         return GeneratorWeights(down.plain, query, weight, up.weight, up.bias)
 
     def standardize(self, adapter_name: str, standard: Standard, wide: float) -> None:
-        """Let an untrained adapter read standardized hidden states, `wide` times as strongly as it began."""
+        """Make an untrained adapter read standardized hidden states. Scales down projection and pooler by `wide`."""
         down = cast(DownProjection, self.down[adapter_name])
         down.standard = standard
         for tensor in (down.weight, *(cast(Any, part).get(adapter_name) for part in (self.query, self.matrix))):
@@ -72,11 +72,11 @@ class ParadeGenerator(nn.Module, BaseTunerLayer):
                 tensor.mul_(wide)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refused: vectors are another for every prompt."""
+        """Raises, because vectors differ from prompt to prompt."""
         raise ValueError(
             "PARADE adapters cannot be merged: their vectors differ from prompt to prompt, so no weights equal them; "
             "serve the adapter beside its base model"
         )
 
     def unmerge(self) -> None:
-        """Nothing is ever merged."""
+        """Does nothing, because adapters are never merged."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the base models that can be trained keep their decoder layers, and in these the projection behind each site."""
+"""Paths of the decoder layers, their first norms and the sites' projections in each supported base model."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from vllm_parade.adapter.config import AdapterError
 
-# How a vector [batch, 1, width] scales its part of a projection's output [batch, tokens, ...].
+# Scales a part of a projection's output [batch, tokens, ...] by a vector [batch, 1, width].
 Scale = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Site:
-    """The projection behind a site, which it may share with others."""
+    """The projection of a site. Several sites may share one projection."""
 
     projection: str
     """Path within the decoder layer."""
@@ -29,18 +29,18 @@ class Layout:
     """Paths of one architecture."""
 
     layers: str
-    """The list of decoder layers, within the causal language model; what holds it is the backbone."""
+    """List of decoder layers, within the causal language model. Its parent is the backbone."""
     norm: str
-    """A decoder layer's first norm: it sees the layer's input and makes the attention's."""
+    """A decoder layer's first norm, from the layer's input to the attention's input."""
     sites: dict[str, Site]
 
     @property
     def backbone(self) -> str:
-        """The model without its head."""
+        """Path of the model without its head."""
         return self.layers.rpartition(".")[0]
 
     def check(self, model: nn.Module, layers: Sequence[int], sites: tuple[str, ...]) -> None:
-        """Refuse a model that lacks a module which would be hooked.
+        """Refuse a model that lacks a module to hook.
 
         Raises:
             AdapterError: names the module.
@@ -57,7 +57,7 @@ def layout_of(config: Any) -> Layout:
     """The layout of a Hugging Face model, by its config.
 
     Raises:
-        AdapterError: an architecture that nobody has taught yet.
+        AdapterError: the architecture is not supported.
     """
     model_type = getattr(config, "model_type", None)
     if model_type not in _LAYOUTS:
@@ -83,14 +83,14 @@ def _gpt_neox(config: Any) -> Layout:
 
 
 def _third(number: int, output: Tensor, vector: Tensor) -> Tensor:
-    """The output is [q | k | v]."""
+    """Scale one part of an output [q | k | v]."""
     parts = list(output.chunk(3, dim=-1))
     parts[number] = parts[number] * vector
     return torch.cat(parts, dim=-1)
 
 
 def _third_of_heads(number: int, heads: int, output: Tensor, vector: Tensor) -> Tensor:
-    """The output is [q | k | v] of the first head, of the second, and so on."""
+    """Scale one part of an output that is [q | k | v] of the first head, then of the second, and so on."""
     parts = list(output.unflatten(-1, (heads, 3, -1)).unbind(dim=-2))
     parts[number] = parts[number] * vector.unflatten(-1, (heads, -1))
     return torch.stack(parts, dim=-2).flatten(-3)

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PARADE as a PEFT tuner over a frozen Hugging Face model: trains adapters, and is the plain answer that serving is
-compared with."""
+"""PARADE as a PEFT tuner for a frozen Hugging Face model: for training, and as the reference for served answers."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
@@ -30,11 +29,11 @@ from vllm_parade.tuner.layout import layout_of
 from vllm_parade.tuner.standard import Observed
 
 GENERATOR = "parade_generator"
-# Names of what travels through the base model's keyword arguments, and on its KV cache.
+# Keyword arguments of the base model. The first one is also stored on its KV cache.
 ARGUMENT = "parade_turns"
 MASK_ARGUMENT = "instruction_mask"
 LABELS_ARGUMENT = "parade_labels"
-# Standardized generators begin so much wider than others that what they pool is about one.
+# Factors for the initial weights of standardized generators. With these, pooled values are about one.
 WIDE = {"attentional_capsule": 10.0, "dynamic_routing": 10.0, "last_token": 3.0}
 
 
@@ -47,13 +46,13 @@ class ParadeModel(BaseTuner):
     lie inside one. Vectors are generated in the pass that reads the instruction. The KV cache carries them to later
     passes.
 
-    One adapter is active at a time. Modules are hooked, not replaced, so names of base parameters stay as they are.
+    One adapter is active at a time. Modules are hooked, not replaced, so names of base parameters do not change.
     """
 
     prefix = GENERATOR
     tuner_layer_cls = ParadeGenerator
     active_adapter: Any
-    # Float64 shows how far rounding alone moves an answer.
+    # Float64 shows the effect of rounding alone.
     pooling_dtype = torch.float32
 
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
@@ -108,15 +107,15 @@ class ParadeModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        # As strict as the server: whatever it would refuse is refused here.
+        # The server's checks, so that PEFT refuses the same adapters.
         shape = BaseModelShape.from_hf_config(cast(Any, model).config)
         check_tensors(cast(ParadeConfig, config).adapter_config(), state_dict, shape)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter; if it was active, another one becomes so."""
+        """Delete an adapter. If it was active, another one becomes active."""
         if adapter_name not in self.peft_config:
-            raise ValueError(f"adapter {adapter_name!r} does not exist; there are {', '.join(self.peft_config)}")
+            raise ValueError(f"adapter {adapter_name!r} does not exist; expected one of {', '.join(self.peft_config)}")
         del self.peft_config[adapter_name]
         for module in self.model.modules():
             if isinstance(module, ParadeGenerator):
@@ -125,10 +124,10 @@ class ParadeModel(BaseTuner):
             self.active_adapter = next(iter(self.peft_config), [])
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Make one adapter the active one.
+        """Activate one adapter.
 
         Raises:
-            ValueError: several adapters, whose vectors nobody has trained together.
+            ValueError: several adapters are given; their vectors are not trained together.
         """
         if not isinstance(adapter_name, str) and len(adapter_name) > 1:
             raise ValueError(f"adapters {', '.join(adapter_name)} cannot be active together; choose one")
@@ -147,18 +146,19 @@ class ParadeModel(BaseTuner):
 
     @torch.no_grad()
     def standardize(self, batches: Iterable[Mapping[str, Tensor]]) -> None:
-        """Let the active adapter, which must be untrained, begin by reading what tells prompts apart.
+        """Standardize the hidden states that the active adapter reads. The adapter must be untrained.
 
-        Hidden states are mostly what all prompts have in common, and a generator that begins anywhere reads little
-        else: its vectors are those of (IA)3. So W_down begins on hidden states without their common direction, each
-        dimension at standard deviation one, and is trained there. What is saved is a W_down like any other.
+        Most of a hidden state is common to all prompts. A randomly initialized generator reads little else, so it
+        learns almost the same vectors for all prompts, as (IA)3 does. Therefore W_down is initialized and trained on
+        hidden states without their common direction, with a standard deviation of one in each dimension. The saved
+        W_down applies to the hidden states themselves.
 
         Args:
-            batches: keyword arguments of the model with the prompts of a few hundred examples, as in training; rows
-                with `labels` are read up to the first one
+            batches: keyword arguments of the model, as in training, with the prompts of a few hundred examples; of
+                rows with `labels`, only the tokens before the first label are read
 
         Raises:
-            ValueError: the adapter has been trained, or there is nothing to read.
+            ValueError: the adapter has been trained, or there are too few tokens to read.
         """
         (adapter,) = self.active_adapters
         config = cast(ParadeConfig, self.peft_config[adapter])
@@ -180,24 +180,22 @@ class ParadeModel(BaseTuner):
                 generator.observed = None
             self.model.train(training)
 
-    # A pass through the model.
-
     def generate(self, *args: Any, instruction_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        """The base model's `generate`. Vectors are generated in the prompt's pass and serve every later step.
+        """Like the base model's `generate`. The prefill generates the vectors, and all later steps use them.
 
-        With a filled `past_key_values`, `input_ids` holds the whole conversation, and the turns of the cached tokens must
-        be those that the cache was filled with.
+        With a filled `past_key_values`, `input_ids` holds the whole conversation. Its cached tokens must have
+        the turns that the cache was filled with.
 
         Args:
             instruction_mask: [batch, tokens], 1 at the prompt's tokens in which instructions lie; by default all
 
         Raises:
-            ValueError: the prompt would run in chunks, or its turns are not those of the cache.
+            ValueError: the prompt would be read in chunks, or its turns are not those of the cache.
         """
         model = cast(Any, self.model)
         settings = kwargs.get("generation_config") or model.generation_config
         if kwargs.get("prefill_chunk_size", getattr(settings, "prefill_chunk_size", None)):
-            raise ValueError("prefill_chunk_size cuts the prompt, whose vectors are read off the whole of it; drop it")
+            raise ValueError("prefill_chunk_size cuts the prompt, but generators need all of it in one pass; drop it")
         tokens = next((t for t in (*args, kwargs.get("inputs"), kwargs.get("input_ids")) if t is not None), None)
         self._prompt = Prompt(tokens, instruction_mask)
         try:
@@ -220,7 +218,7 @@ class ParadeModel(BaseTuner):
             lengths = packed_lengths(kwargs.get("position_ids"), attended)
             use_cache = kwargs.get("use_cache")
             if lengths and (cast(Any, backbone).config.use_cache if use_cache is None else use_cache):
-                raise ValueError("position_ids begin anew, as in a packed batch, which needs use_cache=False")
+                raise ValueError("position_ids restart, as in a packed batch, which needs use_cache=False")
             if given is None and self._prompt is not None:
                 given = self._prompt.mask(tokens.shape[1])
             prompts = combined(tokens.shape[:2], tokens.device, attended, given)
@@ -246,7 +244,7 @@ class ParadeModel(BaseTuner):
         return cast(ParadeConfig, self.peft_config[adapter]).adapter_config().turn_markers
 
     def _default_prompt(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Keep responses that are learnt out of the instructions."""
+        """With labels, end the instructions before them, because generators must not read the responses."""
         labels = kwargs.get("labels")
         if labels is None or kwargs.get(MASK_ARGUMENT) is not None or not self.active_adapters:
             return args, kwargs
@@ -266,7 +264,7 @@ class ParadeModel(BaseTuner):
     def _read_instruction(
         self, generator: ParadeGenerator, norm: nn.Module, args: tuple[Tensor, ...], output: Tensor
     ) -> None:
-        """Generate the layer's vectors; the norm sees the layer's input and makes the attention's."""
+        """Generate the layer's vectors, after the norm between the layer's input and the attention's input."""
         turns = generator.turns
         if turns is None or not turns.lengths or turns.adapter not in generator.down:
             return
@@ -275,7 +273,7 @@ class ParadeModel(BaseTuner):
         if generator.observed is not None:
             generator.observed.add(*turns.read(hidden))
             return
-        # Rounded as the server rounds them: what is trained is what is served.
+        # Rounded to the model's dtype, as in the server.
         weights = generator.weights(turns.adapter).to(hidden.device, hidden.dtype)
         vectors = generate(
             *turns.read(hidden),
@@ -289,7 +287,7 @@ class ParadeModel(BaseTuner):
     def _adjust(
         self, generator: ParadeGenerator, site: str, projection: nn.Module, args: Any, output: Tensor
     ) -> Tensor:
-        """Scale a projection's output by the vectors of each token's turn; outside of an adjusted pass, leave it."""
+        """Scale a projection's output by each token's vector. Without vectors for it, return it unchanged."""
         turns = generator.turns
         table = None if turns is None else turns.table(generator.layer_idx)
         if turns is None or table is None:
@@ -306,7 +304,7 @@ def _turns_of(cache: Any, adapter: str) -> BatchTurns:
     turns: BatchTurns | None = getattr(cache, ARGUMENT, None)
     if turns is None or turns.adapter != adapter:
         made = "without an adapter" if turns is None else f"under adapter {turns.adapter!r}"
-        raise ValueError(f"the KV cache was filled {made}, and {adapter!r} is active; begin with an empty one")
+        raise ValueError(f"the KV cache was filled {made}, and {adapter!r} is active; start with an empty one")
     return turns
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Generators that begin by reading what tells hidden states apart, which is far less than what they have in common."""
+"""Standardized input of generators. Hidden states differ by far less than what they have in common."""
 
 from dataclasses import dataclass
 
@@ -7,30 +7,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# A hidden dimension has at least this share of the mean deviation, and of its own over all positions: what differs less
-# hardly tells anything.
+# Lower bound of a dimension's deviation, as a share of the mean deviation and of its own over all positions. Smaller
+# differences carry hardly any information.
 LEAST_SHARE = 0.1
 
 
 @dataclass(frozen=True)
 class Standard:
-    """How hidden states are spread: deviation and direction of the mean, by which a down projection can undo both.
+    """Deviation and mean direction of hidden states. A down projection can remove both.
 
-    With D the diagonal of `std` and u = `common`, a weight W on standardized hidden states (I - u u^T) D^-1 h is the
-    weight W (I - u u^T) D^-1 on hidden states h themselves. So an adapter trained like this is one like any other.
+    With D the diagonal of `std` and u = `common`, a weight W on standardized hidden states (I - u u^T) D^-1 h equals
+    the weight W (I - u u^T) D^-1 on hidden states h. So a standardized adapter has the usual format.
     """
 
     std: Tensor
     """[d], standard deviation of each hidden dimension."""
     common: Tensor
-    """[d], direction of length 1 of the mean, where deviations are 1."""
+    """[d], direction of the mean after division by `std`, of length 1."""
 
     def fold(self, weight: Tensor) -> Tensor:
-        """A weight [..., r, d] on standardized hidden states as one on hidden states."""
+        """Convert a weight [..., r, d] on standardized hidden states to one on hidden states."""
         return (weight - (weight @ self.common)[..., None] * self.common) / self.std
 
     def unfold(self, weight: Tensor) -> Tensor:
-        """A weight that folds to the given one, if that one is blind to the common direction."""
+        """The inverse of `fold`, for a weight that ignores the common direction."""
         return weight * self.std
 
 
@@ -43,7 +43,7 @@ class Moments:
         self.squares: Tensor | float = 0.0
 
     def add(self, hidden: Tensor) -> None:
-        """Take hidden states, [positions, d]."""
+        """Add hidden states, [positions, d]."""
         hidden = hidden.double()
         self.count += len(hidden)
         self.total = self.total + hidden.sum(dim=0)
@@ -62,30 +62,30 @@ class Moments:
 
 
 class Observed:
-    """What a layer's generator was shown before training: the hidden states that its pooler reads, and all of them."""
+    """Moments of a layer's hidden states before training: of those that the pooler reads, and of all."""
 
     def __init__(self, pooler: str) -> None:
         self.pooler = pooler
         self._read, self._all = Moments(), Moments()
 
     def add(self, hidden: Tensor, mask: Tensor) -> None:
-        """Take instructions, hidden states [batch, tokens, d] with a mask [batch, tokens], bool."""
+        """Add instructions: hidden states [batch, tokens, d] and a mask [batch, tokens], bool."""
         self._all.add(hidden[mask])
         self._read.add(hidden[positions_read(mask, self.pooler)])
 
     def standard(self) -> Standard:
-        """How what the pooler reads is spread.
+        """Deviation and mean direction of the hidden states that the pooler reads.
 
-        A template ends every prompt with the same token, whose hidden states hardly differ in the first layers. By
-        their own deviation any other last token would be far away, and its vectors out of bounds: so a deviation is at
-        least a share of that over all positions.
+        With a template, every prompt ends with the same token, whose hidden states hardly differ in the first layers.
+        Measured by that deviation, any other last token would be far away and get extreme vectors. So a deviation is
+        at least a share of the one over all positions.
 
         Raises:
-            ValueError: less than two positions.
+            ValueError: fewer than two positions.
         """
         if self._read.count < 2:
             count = self._read.count
-            raise ValueError(f"{count} positions tell no deviation; give the prompts of a few hundred examples")
+            raise ValueError(f"{count} positions give no deviation; give the prompts of a few hundred examples")
         std = self._read.std
         least = LEAST_SHARE * torch.maximum(self._all.std, std.mean())
         std = torch.maximum(std, least).clamp_min(torch.finfo(torch.bfloat16).eps)
@@ -93,7 +93,7 @@ class Observed:
 
 
 def positions_read(mask: Tensor, pooler: str) -> Tensor:
-    """The positions of instructions that a pooler reads.
+    """Mask [batch, tokens] of the positions that a pooler reads.
 
     Args:
         mask: [batch, tokens] bool, True at the instruction's tokens
@@ -104,8 +104,11 @@ def positions_read(mask: Tensor, pooler: str) -> Tensor:
 
 
 class DownProjection(nn.Linear):
-    """W_down [r, d]. Given a standard, its parameter is the weight on standardized hidden states, which an optimizer
-    finds its way in, as all inputs are of one size there; who saves and loads it sees W_down itself."""
+    """W_down [r, d].
+
+    With a standard, the parameter is the weight on standardized hidden states. It is easier to optimize, because all
+    its inputs have the same scale. State dicts hold W_down itself.
+    """
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__(weight.shape[1], weight.shape[0], bias=False, device="meta")
@@ -115,7 +118,7 @@ class DownProjection(nn.Linear):
 
     @property
     def standard(self) -> Standard | None:
-        """Of what it reads, if it was given one."""
+        """The `Standard` of the inputs, or None."""
         return None if self.std is None else Standard(self.std, self.common)
 
     @standard.setter
@@ -124,7 +127,7 @@ class DownProjection(nn.Linear):
 
     @property
     def plain(self) -> Tensor:
-        """W_down; gradients flow through."""
+        """W_down itself. Gradients flow through."""
         return self.weight if self.standard is None else self.standard.fold(self.weight)
 
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
