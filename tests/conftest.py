@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # Before vLLM is imported: engine core and worker stay in this process, where tests can look at them.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -12,22 +12,28 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Before PyTorch is imported: OpenMP threads sleep while they wait for each other. Beside other busy processes, threads
 # that spin take the cores from those that they wait for, and an engine is ten times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # The other workers have the other cores.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
 from benchmarks.models import make_tokenizer
-from testing.oracle import Oracle
 from testing.random_models import INNER, STRONG, make_adapter, make_tiny_model
 from tests.adapters import VARIANTS
 from tests.conversations import MARKERS
 from tests.engines import close_shared
 from tests.interpreter import INTERPRETED, install
 from tests.tasks import write_sst2
+from tests.workers import make_scheduler, rank
 from tools.base_model import base_model
 from vllm_parade import ParadeRequest
 from vllm_parade.adapter import BaseModelShape
+
+if TYPE_CHECKING:
+    from testing.oracle import Oracle
 
 ROOT = Path(__file__).parent.parent
 
@@ -43,8 +49,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--nightly", action="store_true", help="run the tests marked nightly too")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    return make_scheduler(config, log)
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Under the interpreter, files without kernels need not be imported."""
+    if INTERPRETED and collection_path.match("test_*.py") and "mark.triton" not in collection_path.read_text("utf-8"):
+        return True
+    return None
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Kernels need a GPU or the interpreter, whose process runs nothing else: vLLM there is another one (runner V2)."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: rank(item.nodeid))
     for item in items:
         if item.get_closest_marker("nightly") is not None and not config.getoption("--nightly"):
             item.add_marker(pytest.mark.skip(reason="runs with --nightly"))
@@ -83,7 +103,10 @@ def smollm_shape(smollm: str) -> BaseModelShape:
 
 
 @pytest.fixture(scope="session")
-def oracle(smollm: str) -> Oracle:
+def oracle(smollm: str) -> "Oracle":
+    # PEFT takes seconds to load, and xdist's own process needs no oracle.
+    from testing.oracle import Oracle
+
     return Oracle(smollm)
 
 
@@ -125,7 +148,9 @@ def tiny_shape(tiny: str) -> BaseModelShape:
 
 
 @pytest.fixture(scope="session")
-def tiny_oracle(tiny: str) -> Oracle:
+def tiny_oracle(tiny: str) -> "Oracle":
+    from testing.oracle import Oracle
+
     return Oracle(tiny)
 
 

@@ -1,10 +1,13 @@
 """Real vLLM engines inside the test process: started, used, taken down."""
 
+import atexit
 import gc
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from types import MappingProxyType
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -17,7 +20,7 @@ DEFAULTS: dict[str, Any] = {
     "max_model_len": 1024,
     "max_num_batched_tokens": 2048,
     "max_num_seqs": 64,
-    "kv_cache_memory_bytes": 1 << 30,
+    "kv_cache_memory_bytes": 1 << 28,
     "disable_log_stats": False,
 }
 
@@ -55,28 +58,54 @@ def close_shared() -> None:
     _Shared.made_of = _Shared.llm = None
 
 
+@cache
+def prepare() -> None:
+    """Once in a process: what vLLM would do for every engine, and what a second engine need not pay for again."""
+    from vllm.platforms import current_platform
+    from vllm.triton_utils import dispatcher
+
+    import vllm_parade  # noqa: F401  teaches LLM its keywords
+
+    vars(dispatcher)["vars"] = dict_of
+    # It looks through all modules; the second time there is nothing left to replace.
+    platform = type(current_platform)
+    platform.register_triton_kernel_overrides = staticmethod(cache(current_platform.register_triton_kernel_overrides))
+    # Modules and their classes stay: no later collection looks at them.
+    gc.collect()
+    gc.freeze()
+    # At exit, nanobind would take what is frozen for leaks.
+    atexit.register(gc.unfreeze)
+
+
+@contextmanager
+def no_collections() -> Iterator[None]:
+    """vLLM collects garbage nine times between an engine's start and its end, which takes longer than all the rest."""
+    with patch.multiple(gc, collect=lambda generation=2: 0, freeze=lambda: None, unfreeze=lambda: None):
+        yield
+
+
 @contextmanager
 def engine(model: str, **options: Any) -> Iterator[Any]:
     """An `LLM`; its engine core and worker live in this process, so that tests can look at them."""
     close_shared()
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
-    from vllm.triton_utils import dispatcher
 
-    import vllm_parade  # noqa: F401  teaches LLM its keywords
-
-    vars(dispatcher)["vars"] = dict_of
+    prepare()
     if options.get("enable_parade"):
         # Test adapters have ranks up to 24.
         options = {"max_parade_rank": 32, **options}
-    llm = LLM(model, **{**DEFAULTS, **options})
+    with no_collections():
+        llm = LLM(model, **{**DEFAULTS, **options})
     try:
         yield llm
     finally:
-        llm.llm_engine.engine_core.shutdown()
+        with no_collections():
+            llm.llm_engine.engine_core.shutdown()
         del llm
         gc.collect()
-        cleanup_dist_env_and_memory()
+        with no_collections():
+            cleanup_dist_env_and_memory()
 
 
 def scheduler(llm: Any) -> Any:

@@ -38,11 +38,14 @@ def test_both_halves_run_and_either_fails_the_target(tmp_path: Path, main: int, 
     environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "TRITON_INTERPRET")}
     environment |= {"CALLS": str(calls), "MAIN_CODE": str(main), "TRITON_CODE": str(triton)}
     done = subprocess.run(
-        ["make", "test", f"BIN={tmp_path}", f"STAMP={stamp}", "PYTEST_ARGS=-k this"],
+        ["make", "test", f"BIN={tmp_path}", f"STAMP={stamp}", "WORKERS=3", "PYTEST_ARGS=-k this"],
         cwd=ROOT,
         env=environment,
         capture_output=True,
         text=True,
     )
     assert (done.returncode == 0) == green, done.stdout + done.stderr
-    assert calls.read_text().splitlines() == ["0 -m pytest -k this", "1 -m pytest -k this -m triton"]
+    assert calls.read_text().splitlines() == [
+        "0 -m pytest --numprocesses=3 -k this",
+        "1 -m pytest --numprocesses=3 -k this -m triton",
+    ]

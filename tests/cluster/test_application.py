@@ -4,6 +4,7 @@
 import re
 import time
 from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ray import serve
 
 from tests import clusters
 from tests.clusters import CHANGE_TIMEOUT_S, Cluster, processes, wait_for_a_share, wait_until
-from tests.questions import BASE, CHAT, FRESH, LATE, MESSAGES, MIXED, NAMES, TIMEOUT_S, Right, check, together
+from tests.questions import BASE, CHAT, FRESH, LATE, MESSAGES, MIXED, NAMES, REPLICA, TIMEOUT_S, Right, check, together
 from vllm_parade import ParadeRequest
 from vllm_parade.cluster.adapters import POLL_S, AdapterRefused
 
@@ -42,6 +43,18 @@ def test_a_busy_machine_does_not_starve_the_application(app: Cluster) -> None:
     assert {process.nice() for process in processes("ray::ProxyActor")} == {min(usual + 1, 19)}
 
 
+def replicas_of_turns(app: Cluster, first: str) -> list[str]:
+    """The replicas that answer three turns of a chat with the base model, one after the other."""
+    replicas, messages = [], [{"role": "user", "content": first}]
+    for turn in ("w110", "w120", "w130"):
+        body = {"model": BASE, "messages": messages, "max_tokens": 8, "ignore_eos": True}
+        response = httpx.post(f"{app.url}/v1/chat/completions", json=body, timeout=TIMEOUT_S).raise_for_status()
+        replicas.append(response.headers[REPLICA])
+        answer = response.json()["choices"][0]["message"]["content"]
+        messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": turn}]
+    return replicas
+
+
 def test_an_adapter_keeps_to_its_replica(app: Cluster, right: dict[str, Right]) -> None:
     """Few enough at once for no replica to be busy: chance alone would send half of them elsewhere."""
     asked = [question for question in MIXED if question[0] != BASE]
@@ -52,6 +65,13 @@ def test_an_adapter_keeps_to_its_replica(app: Cluster, right: dict[str, Right]) 
         where[model][answer.replica] += 1
     hits = sum(counts.most_common(1)[0][1] for counts in where.values())
     assert hits >= 0.9 * len(asked), where
+    # So does a chat, beside other requests that are too few for any replica to be busy. Chance alone would keep all
+    # five chats together once in a thousand times.
+    with ThreadPoolExecutor(1) as pool:
+        others = pool.submit(together, app.url, MIXED, 2)
+        chats = [replicas_of_turns(app, f"w{number} w200") for number in range(101, 106)]
+        check(MIXED, others.result(), right)
+    assert all(len(set(replicas)) == 1 for replicas in chats), chats
 
 
 def test_chat_models_and_errors_are_those_of_one_server(

@@ -16,7 +16,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 
 from tests.documents import commands, texts
 from vllm_parade.cluster.adapters import AdapterRefused, NotConfirmed, UnknownAdapter
-from vllm_parade.cluster.ingress import Ingress, LoadBody, UnloadBody, administrator, routes
+from vllm_parade.cluster.ingress import Ingress, LoadBody, UnloadBody, administrator, conversation, fields, routes
 
 SSE = [(b"content-type", b"text/event-stream; charset=utf-8")]
 JSON = [(b"content-type", b"application/json")]
@@ -160,10 +160,58 @@ def test_health_tells_that_there_is_no_replica(monkeypatch: pytest.MonkeyPatch) 
         (b'"text"', None),
         (b"", None),
         (b"\xff\xfe{", None),
+        (b"[" * 100_000, None),
     ],
 )
 def test_the_adapter_in_a_request(content: bytes, adapter: str | None) -> None:
-    assert make()[0].adapter(content) == adapter
+    assert make()[0].adapter(fields(content)) == adapter
+
+
+SYSTEM, FIRST = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}
+TURNS = [{"role": "assistant", "content": "Hi"}, {"role": "user", "content": "And now?"}]
+
+
+def key(*messages: Any, **others: Any) -> bytes | None:
+    """The conversation's key that replicas' routers see."""
+    content = {"model": "sst2", "messages": messages, **others}
+    return ask(Answer([start(), body(b"")]), json.dumps(content).encode())[1].conversation
+
+
+def test_all_turns_of_a_conversation_have_one_key() -> None:
+    first = key(SYSTEM, FIRST)
+    assert isinstance(first, bytes)
+    assert len(first) == 16
+    assert key(SYSTEM, FIRST, *TURNS) == key(SYSTEM, FIRST, *TURNS, *TURNS, temperature=0.5) == first
+    # Keys of objects have no order.
+    assert key(SYSTEM, dict(reversed(FIRST.items()))) == first
+    assert key(FIRST, model=None) == key(FIRST, *TURNS, model=None)
+    parts = {"role": "user", "content": [{"type": "text", "text": "\ud800"}]}
+    assert key(parts) == key(parts, *TURNS)
+
+
+def test_other_conversations_have_other_keys() -> None:
+    other = {**FIRST, "content": "Hello!"}
+    keys = [key(SYSTEM, FIRST), key(FIRST), key(SYSTEM, other), key(SYSTEM, FIRST, model="base")]
+    assert None not in keys
+    assert len(set(keys)) == len(keys)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"model": "sst2", "prompt": "Hello"},
+        {"model": "sst2", "messages": []},
+        {"model": "sst2", "messages": [SYSTEM]},
+        {"model": "sst2", "messages": "Hello"},
+        {"model": "sst2", "messages": {"role": "user"}},
+        {"model": "sst2", "messages": ["Hello", FIRST]},
+        {"model": "sst2", "messages": [{"content": "Hello"}]},
+        {"model": 3, "messages": [FIRST]},
+        [FIRST],
+    ],
+)
+def test_what_is_no_chat_has_no_key(content: Any) -> None:
+    assert conversation(fields(json.dumps(content).encode())) is None
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,9 @@ pytest.importorskip("ray.serve")
 
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID, ReplicaID
 
+from vllm_parade.cluster import router as module
 from vllm_parade.cluster.asgi import ClientRequest
-from vllm_parade.cluster.router import AffinityRouter, adapter_of
+from vllm_parade.cluster.router import AffinityRouter, adapter_of, conversation_of
 from vllm_parade.cluster.routing import FREE, AffinityRule
 
 SLOTS, RESIDENT = 8, 2
@@ -27,8 +28,8 @@ class Counts(dict):
         self[value] = self.get(value, 0) + 1
 
 
-def request(adapter: str | None) -> Any:
-    asked = ClientRequest("POST", "/", b"", [], b"", adapter)
+def request(adapter: str | None, conversation: bytes | None = None) -> Any:
+    asked = ClientRequest("POST", "/", b"", [], b"", adapter, conversation)
     return SimpleNamespace(args=[asked], routing_context=SimpleNamespace(should_backoff=False))
 
 
@@ -39,7 +40,7 @@ class Router(AffinityRouter):
         deployment, source = DeploymentID("Replica", "app"), DeploymentHandleSource.REPLICA
         super().__init__(deployment, source, use_replica_queue_len_cache=True)
         self.initialize_state(SLOTS, RESIDENT)
-        self.routed, self.affinity = Counts(), Counts()
+        self.routed, self.affinity, self.conversations = Counts(), Counts(), Counts()
         self.set(NAMES)
 
     def set(self, names: list[str]) -> None:
@@ -49,15 +50,15 @@ class Router(AffinityRouter):
     def load(self, name: str, count: int) -> None:
         self.replica_queue_len_cache.update(self.ids[name], count)
 
-    def ranks(self, adapter: str | None) -> list[str]:
-        asked = request(adapter)
+    def ranks(self, adapter: str | None, conversation: bytes | None = None) -> list[str]:
+        asked = request(adapter, conversation)
         ranks = asyncio.run(self.choose_replicas(list(self.curr_replicas.values()), asked))
         assert asked.routing_context.should_backoff
         return [replica.replica_id.unique_id for (replica,) in ranks]
 
-    def route(self, adapter: str | None) -> str:
-        name = self.ranks(adapter)[0]
-        self.on_request_routed(request(adapter), self.ids[name], None)
+    def route(self, adapter: str | None, conversation: bytes | None = None) -> str:
+        name = self.ranks(adapter, conversation)[0]
+        self.on_request_routed(request(adapter, conversation), self.ids[name], None)
         return name
 
 
@@ -121,8 +122,59 @@ def test_a_replica_that_goes_is_forgotten_and_its_adapters_move(router: Router) 
     assert router.affinity == {"miss": 2, "hit": 1}
 
 
+def test_a_conversation_stays_where_it_went_while_loads_change(router: Router) -> None:
+    home = router.ranks("a")[0]
+    router.load(home, FREE)
+    first = router.route("a", b"talk")
+    assert first != home
+    # The adapter's first replica has room again; the conversation's keys and values are elsewhere.
+    router.load(home, 0)
+    router.load(first, FREE - 1)
+    assert [router.route("a", b"talk") for _ in range(3)] == [first] * 3
+    assert router.route("a", b"other") == router.route("a") == home
+    router.load(first, FREE)
+    assert router.route("a", b"talk") == home
+    # Its latest turn is what is remembered.
+    router.load(first, 0)
+    assert router.route("a", b"talk") == home
+    assert router.conversations == {"new": 2, "kept": 4, "moved": 1}
+    assert router.routed == {"spread": 4, "home": 4}
+
+
+def test_conversations_with_the_base_model_stay_too(router: Router) -> None:
+    first = router.route(None, b"talk")
+    router.load(first, FREE - 1)
+    assert {router.route(None, b"talk") for _ in range(30)} == {first}
+    assert router.conversations == {"new": 1, "kept": 30}
+    assert router.routed == {"base": 31}
+
+
+def test_a_conversation_whose_replica_has_gone_moves(router: Router) -> None:
+    home = router.route("a", b"talk")
+    router.set([name for name in NAMES if name != home])
+    second = router.route("a", b"talk")
+    assert second != home
+    router.set(NAMES)
+    assert router.route("a", b"talk") == second
+    assert router.conversations == {"new": 1, "moved": 1, "kept": 1}
+
+
+def test_the_longest_silent_conversation_is_forgotten(router: Router, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CONVERSATIONS", 2)
+    for conversation in (b"one", b"two", b"one", b"three"):
+        router.route("a", conversation)
+    assert list(router.places) == [b"one", b"three"]
+    router.route("a", b"two")
+    assert router.conversations == {"new": 4, "kept": 1}
+    # Requests that are no chats are not remembered.
+    router.route("a")
+    assert list(router.places) == [b"three", b"two"]
+
+
 def test_requests_without_an_adapter_are_the_base_models() -> None:
     assert adapter_of(None) is None
     assert adapter_of(SimpleNamespace(args=[])) is None
     assert adapter_of(SimpleNamespace(args=["other"])) is None
     assert adapter_of(request("a")) == "a"
+    assert conversation_of(None) is conversation_of(SimpleNamespace(args=["other"])) is None
+    assert conversation_of(request("a", b"talk")) == b"talk"

@@ -79,6 +79,35 @@ def test_requests_of_the_base_model_go_where_there_is_room() -> None:
     assert (rule.home, rule.spread, rule.elsewhere) == (0, 0, 0)
 
 
+@pytest.mark.parametrize("adapter", ["any", None])
+def test_a_conversation_stays_until_its_replica_is_busy(adapter: str | None) -> None:
+    rule, loads = AffinityRule(NAMES, SLOTS), [0] * len(NAMES)
+    order = rule.order("any")
+    # Not one of the adapter's own: only the conversation can be the reason to send a request there.
+    (kept, *_) = set(range(len(NAMES))) - set(order)
+    loads[kept] = FREE - 1
+    assert {rule.choose(adapter, loads, kept=kept) for _ in range(50)} == {kept}
+    loads[kept] = FREE
+    left = {rule.choose(adapter, loads, kept=kept) for _ in range(50)}
+    assert left == {order[0]} if adapter else len(left) > 5  # by chance
+    # Where everybody has much to do, more is needed to be busy.
+    loads = [SLOTS // 2] * len(NAMES)
+    assert rule.choose(adapter, loads, kept=kept) == kept
+    loads[kept] = SLOTS
+    assert rule.choose("any", loads, kept=kept) == order[0]
+
+
+def test_without_a_conversation_the_rule_is_as_before() -> None:
+    one, other = AffinityRule(NAMES, SLOTS), AffinityRule(NAMES, SLOTS)
+    loads = [number % 7 for number in range(len(NAMES))]
+    for adapter in [*ADAPTERS[:50], None]:
+        assert one.choose(adapter, loads, kept=None) == other.choose(adapter, loads)
+    # Requests that stay are not counted by the adapter's order.
+    before = (one.home, one.spread, one.elsewhere)
+    one.choose(ADAPTERS[0], [0] * len(NAMES), kept=3)
+    assert (one.home, one.spread, one.elsewhere) == before
+
+
 def test_there_must_be_a_replica() -> None:
     with pytest.raises(ValueError, match="no replica"):
         AffinityRule([], SLOTS)

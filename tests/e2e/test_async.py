@@ -4,6 +4,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,16 +12,16 @@ from vllm.exceptions import VLLMValidationError
 
 from testing.oracle import Oracle
 from tests.engines import DEFAULTS, tiny_greedy, tiny_prompts
+from tests.processes import use_processes
 from vllm_parade import ParadeRequest
 
 pytestmark = pytest.mark.engine
 
 
 @pytest.fixture
-def options(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Of an engine whose core is a process of its own."""
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    use_processes(tmp_path, monkeypatch)
     return {**DEFAULTS, "enable_parade": True, "skip_tokenizer_init": True, "max_num_seqs": 8, "max_parade_rank": 32}
 
 

@@ -32,7 +32,7 @@ HERE = "tests/e2e/test_server.py"
 BASE = "smollm"
 PARENT = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # Tokens of a step: fewer than the model's length, so that a prompt can be too long for an adapter alone.
-STEP_TOKENS = 256
+STEP_TOKENS = 128
 PROMPTS = {
     "sst2": sst2_prompt("a warm and funny film that never talks down to its audience ."),
     "e2e": e2e_prompt("name[Sea Lantern], eatType[restaurant], priceRange[high], customer rating[5 out of 5]"),
@@ -114,14 +114,14 @@ def completion_output(choice: Any) -> Any:
 def chat(client: openai.OpenAI, model: str, prompt: str, **options: Any) -> Any:
     messages: Any = [{"role": "user", "content": prompt}]
     return client.chat.completions.create(
-        model=model, messages=messages, max_tokens=24, temperature=0, **{"extra_body": {}, **options}
+        model=model, messages=messages, max_tokens=12, temperature=0, **{"extra_body": {}, **options}
     )
 
 
 def test_adapters_and_the_base_model_together(url: str, oracle: Oracle, adapters: dict[str, ParadeRequest]) -> None:
     models = cycle([BASE, "sst2", "e2e", "last"])
     # The base model's long prompts pass in chunks; an adapter's may fill a whole step.
-    lengths = [400, 1, 16, 31, 300, STEP_TOKENS, 17, 5, 64, 120, 33, 200, 9, 2, STEP_TOKENS - 1, 48]
+    lengths = [200, 1, 16, 31, 150, STEP_TOKENS, 17, 5, 64, 90, 33, 100, 9, 2, STEP_TOKENS - 1, 48]
     asked = [question(next(models), prompt["prompt_token_ids"]) for prompt in prompts(lengths, seed=20)]
     answers = ask_together(url, *asked)
     assert [answer.model for answer in answers] == [one["model"] for one in asked]

@@ -1,12 +1,15 @@
 """Still exact when memory, steps and ranks are short."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from testing.oracle import Oracle
-from tests.engines import answered_twice, record_steps, scheduler, tiny_engine, tiny_greedy, tiny_prompts
+from testing.random_models import INNER, make_adapter
+from tests.engines import answered_twice, manager, record_steps, scheduler, tiny_engine, tiny_greedy, tiny_prompts
 from vllm_parade import ParadeRequest
+from vllm_parade.adapter import BaseModelShape
 
 pytestmark = pytest.mark.engine
 
@@ -91,6 +94,21 @@ def test_reset_of_the_prefix_cache_generates_anew(
         assert len(scheduler(llm).rows) == 0
         outputs = llm.wait_for_completion(use_tqdm=False)
     tiny_oracle.check(outputs, requests)
+
+
+def test_sixty_four_adapters_through_few_slots(
+    tiny: str, tiny_oracle: Oracle, tiny_shape: BaseModelShape, tmp_path: Path
+) -> None:
+    kind = {"layers_to_transform": (0, 2), "inner": INNER}
+    requests = [make_adapter(tmp_path / f"t{number}", tiny_shape, 100 + number, **kind) for number in range(64)]
+    # Back in another order: their slots were taken in between.
+    again = requests[::-7]
+    with tiny_engine(tiny, max_parades=4, max_cpu_parades=96) as llm:
+        for lengths, asked in (([20] * 64, requests), ([9] * len(again), again)):
+            given = {"parade_request": asked, "use_tqdm": False}
+            tiny_oracle.check(llm.generate(tiny_prompts(lengths), tiny_greedy(4), **given), asked)
+        assert len(manager(llm).slots.contents) == 4
+        assert len(manager(llm).slots.host) >= 64
 
 
 def test_compiled(tiny: str, tiny_oracle: Oracle, tiny_variants: dict[str, ParadeRequest]) -> None:

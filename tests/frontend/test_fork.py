@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """On GPUs vLLM forks its engine. What the plugin did before must not leave the child hanging."""
 
+import os
 import subprocess
 import sys
 
@@ -38,5 +39,7 @@ def test_reading_static_adapters_leaves_no_threads_behind(tmp_path):
     config.save_pretrained(tmp_path / "model")
     adapter = make_adapter(tmp_path / "a", BaseModelShape.from_hf_config(config), 0, r=64)
     command = [sys.executable, "-c", CHILD, str(tmp_path / "model"), adapter.path]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    # With one thread there would be none to leave behind.
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr[-2000:]

@@ -26,6 +26,8 @@ class ClientRequest:
     body: bytes
     adapter: str | None
     """Name of the requested adapter; None if any replica can answer."""
+    conversation: bytes | None = None
+    """Key of the chat that the request continues, the same in all its turns; None if the request is not a chat."""
 
     def scope(self) -> dict[str, Any]:
         """The request as an ASGI scope."""

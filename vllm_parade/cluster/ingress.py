@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The application's ingress: reads the adapter's name from a request, and forwards the request to a replica."""
+"""The application's ingress: reads adapter and conversation from a request, and forwards the request to a replica."""
 
 import asyncio
 import json
 import os
 import secrets
 from collections.abc import AsyncIterator, Iterable
+from hashlib import blake2b
 from http import HTTPStatus
 from typing import Any
 
@@ -65,6 +66,33 @@ async def refuse(_: Request, exception: HTTPException) -> Response:
 def reason(failed: BaseException) -> str:
     """Message of an exception of another process, without Ray's traceback."""
     return str(getattr(failed, "cause", None) or failed)
+
+
+def fields(body: bytes) -> dict[str, Any]:
+    """Fields of a request's body; none if the body is not a JSON object."""
+    try:
+        found = json.loads(body)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def conversation(content: dict[str, Any]) -> bytes | None:
+    """Key of the chat that a request continues; None if the request is not a chat.
+
+    The key is a digest of the model's name and the messages up to the first one of the user. So all turns of a chat
+    have the same key, and chats that begin alike share one.
+    """
+    model, messages = content.get("model"), content.get("messages")
+    if not isinstance(model, str | None) or not isinstance(messages, list):
+        return None
+    if not all(isinstance(message, dict) for message in messages):
+        return None
+    for count, message in enumerate(messages, 1):
+        if message.get("role") == "user":
+            text = json.dumps([model, messages[:count]], sort_keys=True)
+            return blake2b(text.encode(), digest_size=16).digest()
+    return None
 
 
 # Serve pickles the routes when this decorator runs, so all functions that they call must be defined above.
@@ -143,7 +171,9 @@ class Ingress:
     async def forward(self, path: str, request: Request) -> Response:
         # Replicas do not know the application's route prefix, so the forwarded path has none.
         body, query = await request.body(), request.url.query.encode()
-        asked = ClientRequest(request.method, f"/{path}", query, list(request.headers.raw), body, self.adapter(body))
+        content = fields(body)
+        names = (self.adapter(content), conversation(content))
+        asked = ClientRequest(request.method, f"/{path}", query, list(request.headers.raw), body, *names)
         messages: list[Message] = []
         stream = self.replicas.answer.remote(asked)
         try:
@@ -176,10 +206,7 @@ class Ingress:
         finally:
             stream.cancel()
 
-    def adapter(self, body: bytes) -> str | None:
+    def adapter(self, content: dict[str, Any]) -> str | None:
         """Name of the adapter in a request's body; None for the base model or if the body names no model."""
-        try:
-            model = json.loads(body)["model"]
-        except (ValueError, KeyError, TypeError):
-            return None
+        model = content.get("model")
         return model if isinstance(model, str) and model not in self.base_names else None

@@ -11,6 +11,9 @@ from ray.util.metrics import Counter
 
 from vllm_parade.cluster.routing import AffinityRule
 
+# Conversations whose replica a router remembers.
+CONVERSATIONS = 100_000
+
 
 class AffinityRouter(RequestRouter):
     """Sends each request to the replica that `AffinityRule` chooses, by the queue lengths that Serve caches.
@@ -30,6 +33,8 @@ class AffinityRouter(RequestRouter):
         self.rule: AffinityRule | None = None
         # Per replica, the adapters of its most recent requests. They are on its device if this is the only router.
         self.recent: dict[str, OrderedDict[str, None]] = {}
+        # Per conversation, the replica of its last turn; the conversation with the latest turn is last.
+        self.places: OrderedDict[bytes, str] = OrderedDict()
         tags = {"application": self.app_name}
         self.routed = Counter(
             "vllm_parade_routed",
@@ -42,6 +47,12 @@ class AffinityRouter(RequestRouter):
             "Requests with an adapter whose replica recently got the same adapter (hit) or did not (miss).",
             tag_keys=("application", "result"),
         ).set_default_tags(tags)
+        self.conversations = Counter(
+            "vllm_parade_conversations",
+            "Chat requests sent to the replica of the conversation's last turn (kept), to another replica (moved), or "
+            "without an earlier turn that the router remembers (new).",
+            tag_keys=("application", "result"),
+        ).set_default_tags(tags)
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -51,7 +62,10 @@ class AffinityRouter(RequestRouter):
             pending_request.routing_context.should_backoff = True
         loads = [self.replica_queue_len_cache.get(replica.replica_id) or 0 for replica in candidate_replicas]
         rule = self._rule([replica.replica_id.unique_id for replica in candidate_replicas])
-        place = rule.choose(adapter_of(pending_request), loads)
+        conversation = conversation_of(pending_request)
+        last = None if conversation is None else self.places.get(conversation)
+        kept = rule.replicas.index(last) if last in rule.replicas else None
+        place = rule.choose(adapter_of(pending_request), loads, kept=kept)
         chosen = candidate_replicas[place]
         others = sorted(zip(loads, candidate_replicas, strict=True), key=lambda pair: pair[0])
         return [[chosen], *([replica] for _, replica in others if replica is not chosen)]
@@ -65,6 +79,7 @@ class AffinityRouter(RequestRouter):
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: object) -> None:
         """Called by Serve when a replica has accepted a request; counts it by that replica."""
         adapter, name = adapter_of(pending_request), replica_id.unique_id
+        self._remember(conversation_of(pending_request), name)
         if adapter is None:
             self.routed.inc(tags={"place": "base"})
             return
@@ -79,7 +94,22 @@ class AffinityRouter(RequestRouter):
         if len(recent) > self.resident:
             recent.popitem(last=False)
 
+    def _remember(self, conversation: bytes | None, name: str) -> None:
+        if conversation is None:
+            return
+        last = self.places.get(conversation)
+        self.conversations.inc(tags={"result": "new" if last is None else "kept" if last == name else "moved"})
+        self.places[conversation] = name
+        self.places.move_to_end(conversation)
+        if len(self.places) > CONVERSATIONS:
+            self.places.popitem(last=False)
+
 
 def adapter_of(pending_request: PendingRequest | None) -> str | None:
     """Name of the adapter of a request; None for the base model."""
     return getattr(pending_request.args[0], "adapter", None) if pending_request and pending_request.args else None
+
+
+def conversation_of(pending_request: PendingRequest | None) -> bytes | None:
+    """Key of the conversation of a request; None if the request is not a chat."""
+    return getattr(pending_request.args[0], "conversation", None) if pending_request and pending_request.args else None

@@ -9,6 +9,9 @@ order is a pure function of the names: all routers agree without messages, inclu
 A replica is busy if it has `SLACK` times the mean number of ongoing requests. While the mean is below `max_num_seqs`,
 `max_num_seqs` requests are enough to be busy. With fewer than `FREE` requests, a replica is never busy. If the first
 `HOMES` replicas of an adapter are all busy, or a request has no adapter, the less busy of two random replicas gets it.
+
+A conversation's next turn goes to the replica of its last turn, which may still have its keys and values in the prefix
+cache. If that replica is busy, the turn goes where the rule above sends it.
 """
 
 import random
@@ -33,7 +36,8 @@ class AffinityRule:
     """The rule for a fixed set of replicas.
 
     It counts requests with an adapter by their replica: the first in the adapter's order (`home`), another of the first
-    `HOMES` (`spread`), or a random one if those are all busy (`elsewhere`).
+    `HOMES` (`spread`), or a random one if those are all busy (`elsewhere`). It does not count requests that stay on
+    the replica of their conversation.
     """
 
     def __init__(
@@ -69,17 +73,24 @@ class AffinityRule:
         busy = self.slack * mean
         return max(self.free, min(busy, self.max_num_seqs) if mean < self.max_num_seqs else busy)
 
-    def choose(self, adapter: str | None, loads: Sequence[int], total: int | None = None) -> int:
+    def choose(
+        self, adapter: str | None, loads: Sequence[int], total: int | None = None, *, kept: int | None = None
+    ) -> int:
         """Index of the replica that gets a request.
 
         Args:
             adapter: name, or None for the base model
             loads: number of ongoing requests of each replica
             total: sum of `loads`, if the caller knows it
+            kept: index of the replica of the conversation's last turn, if there is one
         """
-        if adapter is None:
+        if adapter is None and kept is None:
             return self._less_busy(loads)
         capacity = self.capacity(sum(loads) if total is None else total)
+        if kept is not None and loads[kept] < capacity:
+            return kept
+        if adapter is None:
+            return self._less_busy(loads)
         for rank, place in enumerate(self.order(adapter)):
             if loads[place] < capacity:
                 self.home += rank == 0

@@ -11,6 +11,7 @@ from vllm_parade.adapter import SITES
 BLOCK = 32
 BASE = {
     "block_size": BLOCK,
+    "kv_cache_memory_bytes": 1 << 30,
     "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
 }
 PARADE = {"enable_parade": True, "parade_sites": SITES, "max_parades": 4, "max_cpu_parades": 96}

@@ -17,7 +17,7 @@ from vllm_parade.train.templates import SST2_ANSWERS, e2e_prompt, sst2_prompt
 pytestmark = pytest.mark.engine
 
 BLOCK = 32
-FREE = 16
+FREE = 10
 SENTIMENT = {"type": "object", "properties": {"sentiment": {"enum": list(SST2_ANSWERS)}}, "required": ["sentiment"]}
 REVIEW = {
     "type": "object",
