@@ -20,7 +20,7 @@ from benchmarks.models import (
     make_loras,
     make_model,
     make_parades,
-    turn_markers,
+    marker_tokens,
 )
 
 VARIANTS = ("base", "parade", "lora")
@@ -114,7 +114,7 @@ class Variant:
     def _marked(self, folder: Path) -> list[Any]:
         from vllm_parade import ParadeRequest
 
-        paths = make_parades(folder, self.shape, NUM_LORAS, "marked", **turn_markers(self.settings.size))
+        paths = make_parades(folder, self.shape, NUM_LORAS, "marked", **marker_tokens(self.settings.size))
         return [ParadeRequest(f"m{number}", path) for number, path in enumerate(paths)]
 
     def words(self, length: int) -> list[int]:
@@ -124,7 +124,7 @@ class Variant:
 
     def message(self, length: int) -> list[int]:
         """A new user message of `length` tokens, its start and end markers included."""
-        start, end = turn_markers(self.settings.size).values()
+        start, end = marker_tokens(self.settings.size).values()
         return [*start, *self.words(length - NUM_MARKER_TOKENS), *end]
 
     def prompts(self, batch: int, length: int) -> list[dict[str, list[int]]]:

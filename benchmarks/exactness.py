@@ -27,15 +27,12 @@ from vllm_parade import ParadeRequest
 # Bound for the ratio of an adapter's error in bfloat16 to the base model's.
 BFLOAT16_BOUND = 1.5
 NUM_ADAPTERS = 3
-# Number of the tiny model's adapters that mark turns, and their markers.
-NUM_MARKED = 2
-USER, ASSISTANT = [500, 501], [502, 503]
-# Numbers of tokens: those before the first turn, then messages and answers in turns.
-CONVERSATIONS = [(0, 9), (3, 30, 2, 40), (40, 20, 10, 7, 5, 1), (200, 90, 30, 100), (33, 40, 50, 60, 70, 80)]
 ANSWER = 12
 TINY_LENGTHS = [1, 2, 3, 5, 8, 13, 15, 16, 17, 31, 32, 33, 47, 64, 65, 89, 100, 127, 128, 144, 200, 233, 256, 300]
 LENGTHS = sorted({*TINY_LENGTHS, *range(20, 701, 28)})[:48]
 """Lengths of prompts for a real model."""
+# Every prompt has turns of so many tokens, each with an instruction of a third of them, after two base tokens.
+TURN_TOKENS = 48
 
 
 class Question(NamedTuple):
@@ -44,28 +41,21 @@ class Question(NamedTuple):
     tokens: list[int]
     request: ParadeRequest | None
     then: Sequence[int] = ()
-    """Message that is sent next, behind prompt and answer, so that both are found in the cache; empty for none."""
+    """Message sent next, behind prompt and answer, which are cached by then; empty for none."""
 
 
 def run_tiny(folder: Path, engine: dict[str, Any]) -> list[dict[str, Any]]:
-    """Compare a tiny random model in float32. The prompts take the base model and the adapters in turn.
-
-    Each conversation is sent under each adapter that marks its turns, and continued with another message.
-    """
+    """Compare a tiny random model in float32. The prompts take the base model and the adapters in turn."""
     shape = make_tiny_model(folder / "tiny_llama")
     users: list[ParadeRequest | None] = [None]
     users += [make_adapter(folder / f"tiny_llama_random{n}", shape, n, inner=INNER) for n in range(NUM_ADAPTERS)]
-    vocab = range(51, 512)
-    asked = [
-        Question(random.Random(length).choices(vocab, k=length), users[number % len(users)])
-        for number, length in enumerate(TINY_LENGTHS)
-    ]
-    markers: dict[str, Any] = {"instruction_start_tokens": USER, "instruction_end_tokens": ASSISTANT}
-    for number in range(NUM_MARKED):
-        marked = make_adapter(folder / f"tiny_llama_marked{number}", shape, 50 + number, inner=INNER, **markers)
-        asked += [Question(_conversation(*lengths), marked, _conversation(0, 8)) for lengths in CONVERSATIONS]
+    markers = turn_markers(str(folder / "tiny_llama"))
+    turns = make_adapter(folder / "tiny_llama_turns", shape, NUM_ADAPTERS, inner=INNER, **markers)
+    users.append(turns)
+    model = str(folder / "tiny_llama")
+    pairs = [(length, users[number % len(users)]) for number, length in enumerate(TINY_LENGTHS)]
     options = {"skip_tokenizer_init": True, "kv_cache_memory_bytes": 1 << 28, "max_model_len": 512, **engine}
-    return compare(str(folder / "tiny_llama"), asked, "float32", options)
+    return compare(model, _questions(model, pairs, turns), "float32", options)
 
 
 def run_model(
@@ -81,21 +71,20 @@ def run_model(
     requests = [ParadeRequest(Path(path).name, path) for path in adapters] or [
         make_adapter(folder / f"random{n}", shape, n, dtype=torch.bfloat16) for n in range(NUM_ADAPTERS)
     ]
-    vocab = AutoConfig.from_pretrained(model).vocab_size
-    prompts = [random.Random(length).choices(range(vocab // 10, vocab), k=length) for length in LENGTHS]
-    asked = [Question(prompt, user) for prompt in prompts for user in (None, *requests)]
+    markers = turn_markers(model)
+    turns = make_adapter(folder / "turns", shape, NUM_ADAPTERS, dtype=torch.bfloat16, **markers)
+    pairs = [(length, user) for length in LENGTHS for user in (None, *requests, turns)]
+    asked = _questions(model, pairs, turns)
     options = {"kv_cache_memory_bytes": 2 << 30, "max_model_len": 1024, **engine}
     return [record for dtype in dtypes for record in compare(model, asked, dtype, options)]
 
 
-def _conversation(base: int, *lengths: int) -> list[int]:
-    """Random tokens: so many of the base model, then messages between markers and answers in turns."""
-    chosen = random.Random(str((base, *lengths)))
-    tokens = chosen.choices(range(51, 500), k=base)
-    for number, length in enumerate(lengths):
-        words = chosen.choices(range(51, 500), k=length)
-        tokens += words if number % 2 else [*USER, *words, *ASSISTANT]
-    return tokens
+def _questions(model: str, pairs: Sequence[tuple[int, ParadeRequest | None]], turns: ParadeRequest) -> list[Question]:
+    """Prompts of these lengths. Those under the adapter that marks its turns are continued with another message."""
+    start, end = turn_markers(model).values()
+    # A prompt of eight tokens is too short for turns.
+    message = [*start, *_prompt(model, 8), *end]
+    return [Question(_prompt(model, length), request, message if request is turns else ()) for length, request in pairs]
 
 
 def compare(model: str, asked: Sequence[Question], dtype: str, options: dict[str, Any]) -> list[dict[str, Any]]:
@@ -127,6 +116,29 @@ def _differences(oracle: Oracle, request: ParadeRequest | None, outputs: Sequenc
         # How much the adapter changes the oracle's log-probabilities.
         "mean_effect": (plain - wanted).abs().mean().item(),
     }
+
+
+def turn_markers(model: str) -> dict[str, Any]:
+    """Settings of an adapter that marks the turns of the gate's prompts."""
+    last = _vocabulary(model) - 1
+    return {"instruction_start_tokens": (last, last - 1), "instruction_end_tokens": (last - 2,)}
+
+
+def _vocabulary(model: str) -> int:
+    from transformers import AutoConfig
+
+    return int(AutoConfig.from_pretrained(model).vocab_size)
+
+
+def _prompt(model: str, length: int) -> list[int]:
+    """A random prompt with turns."""
+    vocabulary = _vocabulary(model)
+    tokens = random.Random(length).choices(range(vocabulary // 10, vocabulary - 3), k=length)
+    start, end = turn_markers(model).values()
+    for turn in range(2, length - TURN_TOKENS // 3, TURN_TOKENS):
+        tokens[turn : turn + len(start)] = start
+        tokens[turn + TURN_TOKENS // 3] = end[0]
+    return tokens
 
 
 def _answers(

@@ -104,7 +104,7 @@ def make_tokenizer(folder: Path, vocab_size: int) -> None:
     ).save_pretrained(folder)
 
 
-def turn_markers(size: str) -> dict[str, list[int]]:
+def marker_tokens(size: str) -> dict[str, list[int]]:
     """The keys of an adapter's config that mark turns, for a model size: two tokens each."""
     tokens = list(range(SIZES[size]["vocab_size"]))[-NUM_MARKER_TOKENS:]
     return {"instruction_start_tokens": tokens[:2], "instruction_end_tokens": tokens[2:]}

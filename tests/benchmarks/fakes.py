@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from benchmarks.engine import Turn
-from benchmarks.models import NUM_MARKER_TOKENS, turn_markers
+from benchmarks.models import NUM_MARKER_TOKENS, marker_tokens
 
 BLOCK = 16
 ANSWER = 7
@@ -27,7 +27,7 @@ class FakeVariant:
         return [10 + self.written] * length
 
     def message(self, length: int) -> list[int]:
-        start, end = turn_markers("tiny").values()
+        start, end = marker_tokens("tiny").values()
         return [*start, *self.words(length - NUM_MARKER_TOKENS), *end]
 
     def outputs(self, prompts: list[dict[str, list[int]]], tokens: int, requests: Any) -> list[Any]:

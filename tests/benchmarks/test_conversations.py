@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 
 from benchmarks.conversations import conversations, crowd, documents, share, talk, whole
-from benchmarks.models import turn_markers
+from benchmarks.models import marker_tokens
 from benchmarks.samples import TINY, Measured
 from tests.benchmarks.fakes import ANSWER, BLOCK, FakeVariant
 from vllm_parade.adapter.turns import TurnMarkers, find_turns
 
-START, END = map(tuple, turn_markers("tiny").values())
+START, END = map(tuple, marker_tokens("tiny").values())
 TURN = TINY.asked + TINY.answered
 
 
