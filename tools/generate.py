@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from tools import figures, tables
+from tools import figures, history, tables
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
@@ -23,6 +23,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "performance": figures.performance,
     "runs": figures.runs,
     "exactness": figures.exactness,
+    "history": history.history,
     "routing": figures.routing,
     "study": figures.study,
     "flags": tables.flags,
