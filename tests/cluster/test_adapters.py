@@ -243,6 +243,19 @@ def test_adapters_from_the_start_are_served_when_the_first_replica_has_read_them
     play(scenario)
 
 
+def test_an_adapter_from_the_start_may_be_removed_before_a_replica_has_read_it(play) -> None:
+    """As by a new deployment that no longer names it."""
+
+    async def scenario(world: World) -> None:
+        world.listed.entries = {"a": Entry(A)}
+        settling = asyncio.ensure_future(world.listed.settle_when_read("a"))
+        world.listed.entries = {}
+        await settling
+        assert world.listed.entries == {}
+
+    play(scenario)
+
+
 def test_every_change_is_saved_before_it_is_told(play) -> None:
     async def scenario(world: World) -> None:
         await world.add(2)

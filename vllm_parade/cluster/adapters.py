@@ -115,7 +115,8 @@ class AdapterList:
         Raises:
             AdapterRefused: a replica cannot use the adapter, or replicas read different files. The adapter is removed.
         """
-        while self.entries[name].content is None:
+        # Nothing is left to do if the adapter is removed in the meantime.
+        while (entry := self.entries.get(name)) is not None and entry.content is None:
             await self._wait(lambda: any(name in one.contents for one in self.replicas.values()))
             try:
                 await self._settle(name)
