@@ -11,7 +11,6 @@ pytest.importorskip("ray.serve")
 
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID, ReplicaID
 
-from vllm_parade.cluster import router as module
 from vllm_parade.cluster.asgi import ClientRequest
 from vllm_parade.cluster.router import AffinityRouter, adapter_of, conversation_of
 from vllm_parade.cluster.routing import FREE, AffinityRule
@@ -159,8 +158,8 @@ def test_a_conversation_whose_replica_has_gone_moves(router: Router) -> None:
     assert router.conversations == {"new": 1, "moved": 1, "kept": 1}
 
 
-def test_the_longest_silent_conversation_is_forgotten(router: Router, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CONVERSATIONS", 2)
+def test_the_longest_silent_conversation_is_forgotten(router: Router) -> None:
+    router.max_places = 2
     for conversation in (b"one", b"two", b"one", b"three"):
         router.route("a", conversation)
     assert list(router.places) == [b"one", b"three"]

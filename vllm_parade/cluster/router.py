@@ -35,6 +35,7 @@ class AffinityRouter(RequestRouter):
         self.recent: dict[str, OrderedDict[str, None]] = {}
         # Per conversation, the replica of its last turn; the conversation with the latest turn is last.
         self.places: OrderedDict[bytes, str] = OrderedDict()
+        self.max_places = CONVERSATIONS
         tags = {"application": self.app_name}
         self.routed = Counter(
             "vllm_parade_routed",
@@ -101,7 +102,7 @@ class AffinityRouter(RequestRouter):
         self.conversations.inc(tags={"result": "new" if last is None else "kept" if last == name else "moved"})
         self.places[conversation] = name
         self.places.move_to_end(conversation)
-        if len(self.places) > CONVERSATIONS:
+        if len(self.places) > self.max_places:
             self.places.popitem(last=False)
 
 
