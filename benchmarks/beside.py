@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a long prompt costs the requests that run beside it: the time of their steps.
+"""Step times of running requests while a long prompt is computed.
 
 Run it with the chunk size of interest, e.g. `--engine '{"max_num_batched_tokens": 2048}'`.
 """
@@ -14,26 +14,26 @@ from benchmarks.samples import Measured, spread
 
 # Decode steps before the prompt arrives.
 QUIET_STEPS = 20
-# More than the steps of any round; the requests are aborted at its end.
+# More than the steps of any round. The requests are aborted at the end of a round.
 MANY_TOKENS = 1000
 
 
 class Round(NamedTuple):
-    """Seconds of one arrival."""
+    """Times in one round, in seconds. One long prompt arrives per round."""
 
     quiet: list[float]
     """Steps of the running requests before the prompt arrives."""
     steps: list[float]
-    """Their steps from then on, until the prompt has its first token."""
+    """Their steps from the arrival until the prompt has its first token."""
     ttft: float | None
     """The prompt's time to first token; None if it was refused."""
 
 
 def beside(measured: Measured) -> Iterator[Record]:
-    """Steps of base-model requests while a long prompt arrives, a document with a question behind it.
+    """Steps of base-model requests while a long prompt arrives: a document, then a question.
 
-    `unused` is the base model's prompt in a PARADE engine. An adapter that reads the whole prompt (`parade-whole`)
-    must refuse it.
+    `unused` is a base-model prompt in a PARADE engine. With an adapter that reads the whole prompt (`parade-whole`),
+    the prompt must be refused.
     """
     variant, sizes = measured.variant, measured.points
     users: dict[str, Any] = {variant.name: variant.few[0] if variant.few else None}
@@ -99,7 +99,7 @@ class Steps:
     """Drives an engine step by step. Steps are timed by the engine core's clock."""
 
     requests = 0
-    """Number of requests so far, which names them."""
+    """Number of requests so far, used in their names."""
 
     def __init__(self, engine: Any) -> None:
         self.engine = engine
@@ -119,7 +119,7 @@ class Steps:
         return name
 
     def step(self) -> float:
-        """Run until requests get tokens; returns the longest time since one of them got its token before."""
+        """Run until requests get tokens. Returns the longest time between a request's previous token and this one."""
         before = {name: metrics.last_token_ts for name, metrics in self.last.items()}
         outputs: list[Any] = []
         while not outputs:

@@ -2,8 +2,8 @@
 """Workloads whose prompts share a history: conversations of several turns, and documents that tenants share.
 
 Prompts are the same for all variants: each user message stands between the markers of the PARADE adapters. Answers
-have a fixed length. Every repeat has new contents, so only its own history can be cached. A request's time to first
-token is the one that vLLM's metrics give: from its arrival in the front end to its first token there.
+have a fixed length. Every repeat has new contents, so only its own history can be cached. Time to first token is vLLM's
+metric: from a request's arrival in the front end to its first token there.
 """
 
 import statistics
@@ -14,15 +14,15 @@ from benchmarks.engine import Variant
 from benchmarks.report import Record
 from benchmarks.samples import Measured, Points, spread
 
-# Turns of the conversations before the first measured one: all kernels are compiled and all adapters loaded then.
+# Turns of the warm-up conversations, which compile all kernels and load all adapters.
 WARM_UP_TURNS = 2
 
 
 class Talk(NamedTuple):
-    """What conversations took that were held at the same time."""
+    """Measurements of conversations held at the same time."""
 
     ttfts: list[float]
-    """Seconds to the first token of each turn, means over the conversations."""
+    """Seconds to the first token of each turn, mean over the conversations."""
     computed: int
     """Prompt tokens that were not cached, over all turns and conversations."""
 
@@ -30,7 +30,7 @@ class Talk(NamedTuple):
 def talk(variant: Variant, sizes: Points, count: int, turns: int, adapters: Sequence[Any]) -> Talk:
     """Hold `count` conversations. All messages of a turn are sent together, after all answers of the turn before.
 
-    A prompt is the prompt of the turn before, its answer, and a new message. Conversations take `adapters` in turn.
+    A prompt is the previous turn's prompt, its answer, and a new message. Conversations use `adapters` in turn.
     """
     histories: list[list[int]] = [[] for _ in range(count)]
     ttfts, computed = [], 0
@@ -59,7 +59,7 @@ def conversations(measured: Measured) -> Iterator[Record]:
 
 
 def whole(measured: Measured) -> Iterator[Record]:
-    """As `conversations`, under PARADE adapters that read the whole prompt; nothing for other variants."""
+    """Like `conversations`, with PARADE adapters that read the whole prompt. Yields nothing for other variants."""
     variant, repeats = measured.variant, measured.variant.settings.repeats
     if variant.name == "parade":
         for count in measured.points.conversations:
@@ -67,9 +67,9 @@ def whole(measured: Measured) -> Iterator[Record]:
 
 
 def crowd(measured: Measured) -> Iterator[Record]:
-    """Many conversations at once, held once. The figure of interest, the number of computed tokens, needs no repeat.
+    """Many conversations at once, without repeats: the figure of interest is the number of computed tokens.
 
-    Needs much KV cache: 117 GiB at LLaMA-2 7B, 30 GiB at LLaMA-3 8B.
+    Needs 117 GiB of KV cache for LLaMA-2 7B, 30 GiB for LLaMA-3 8B.
     """
     variant = measured.variant
     yield _conversations(measured, variant.name, measured.points.crowd, variant.few, 1)
@@ -77,7 +77,7 @@ def crowd(measured: Measured) -> Iterator[Record]:
 
 def _conversations(measured: Measured, name: str, count: int, adapters: Sequence[Any], repeats: int) -> Record:
     turns = measured.points.turns
-    # The largest one uses every adapter, so that all are loaded.
+    # One warm-up has a conversation for each adapter, so all adapters are loaded.
     for warm_up in sorted({max(1, len(adapters)), count}):
         _sample(measured, warm_up, WARM_UP_TURNS, adapters)
     return _record(measured, name, count, [_sample(measured, count, turns, adapters) for _ in range(repeats)])
@@ -105,13 +105,13 @@ def _record(measured: Measured, name: str, count: int, talks: Sequence[Talk]) ->
         "computed_tokens": statistics.median(computed),
         "computed_tokens_all": computed,
         "rows": measured.variant.rows(),
-        # If false, histories are evicted and computed again, whatever the variant.
+        # If false, histories are evicted and computed again in every variant.
         "fits_cache": needed <= measured.variant.cache_tokens(),
     }
 
 
 def documents(measured: Measured) -> Iterator[Record]:
-    """A document before the first turn, and one question about it by each of several tenants, one after the other."""
+    """A document before the first turn. Several tenants ask one question each about it, one after the other."""
     variant, sizes = measured.variant, measured.points
     _shared(measured, min(sizes.documents))
     for length in sizes.documents:

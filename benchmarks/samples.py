@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the workloads share: their sizes, the engine that they measure, and records of samples."""
+"""Shared code of the workloads: their sizes, the measured engine, and records of samples."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -67,7 +67,7 @@ def points(size: str) -> Points:
 
 
 class Measured:
-    """An engine and its users: sets of requests that are measured in turn."""
+    """An engine and its users. A user is a set of requests; users are measured in turn."""
 
     def __init__(self, variant: Variant) -> None:
         self.variant = variant

@@ -23,7 +23,7 @@ class WorkerExtension:
         self.recorded.start()
 
     def stop_recording(self) -> dict[str, tuple[int, float]]:
-        """Stop the profiler; returns count and total microseconds by name of kernel (on CPUs, of op)."""
+        """Stop the profiler. Returns count and total microseconds by kernel name (on CPUs, by op name)."""
         self.recorded.stop()
         on_gpu = torch.cuda.is_available()
         device = torch.profiler.DeviceType.CUDA if on_gpu else torch.profiler.DeviceType.CPU
@@ -36,7 +36,7 @@ class WorkerExtension:
         return ran
 
     def parade_static(self, static: bool) -> None:
-        """Switch generators off or on. While they are off, rows keep their vectors, like static vectors."""
+        """Switch generators off (`static`) or on. While off, rows keep their vectors, like static vectors."""
         manager = self.model_runner.parade  # type: ignore[attr-defined]
         manager.__dict__.pop("prepare", None)
         if static:

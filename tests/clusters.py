@@ -1,4 +1,4 @@
-"""The application on a Ray of its own, inside the test process: started, watched, taken down."""
+"""Start, inspect and stop the Ray Serve application; the test process starts a Ray instance of its own."""
 
 import os
 import time
@@ -16,13 +16,13 @@ from tests.questions import FRESH, REPLICA, TIMEOUT_S, Right, check, together
 APPLICATION = "parade"
 ADMIN = {"authorization": "Bearer secret"}
 START_TIMEOUT_S = 600
-# For what takes the cluster a second or two: a death is noticed, a router hears of a replica, a counter is exported.
+# For changes that take a second or two: noticing a death, telling a router of a replica, exporting a counter.
 CHANGE_TIMEOUT_S = 120
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",
     "PARADE_ADMIN_KEY": "secret",
-    # With a worker of its own, each engine loads vLLM once more.
+    # An engine core in a separate process would load vLLM once more per engine.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "INFO",
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -30,21 +30,21 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "OMP_NUM_THREADS": "1",
 }
-# Serve's controller and proxies get nearly a full share of a busy machine. Niceness 1 tells them from the processes of
-# the application, which sees to its own.
+# Niceness 1 gives Serve's controller and proxies nearly a full share of a busy machine. It differs from the niceness
+# of the application's processes, which the application sets itself.
 CONTROLLER = {"runtime_env": {"env_vars": {"RAY_worker_niceness": "1"}}}
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """An application that runs."""
+    """A running application."""
 
     url: str
     metrics_url: str
     arguments: dict[str, Any]
 
     def run(self, replicas: int) -> None:
-        """Deploy it, as `serve deploy` does a YAML, with so many replicas; those that run go on."""
+        """Deploy `replicas` replicas, as `serve deploy` does from YAML; running replicas are kept."""
         from ray import serve
         from ray.serve.context import _get_global_client
         from ray.serve.schema import DeploymentSchema, ServeApplicationSchema, ServeDeploySchema
@@ -66,7 +66,7 @@ class Cluster:
         wait_until(running, START_TIMEOUT_S, f"{replicas} replicas run")
 
     def admin(self, method: str, route: str, body: dict[str, str] | None = None) -> httpx.Response:
-        """What an administrator's route answers."""
+        """Response of an administrator's route."""
         return httpx.request(method, f"{self.url}/v1/{route}", json=body, headers=ADMIN, timeout=TIMEOUT_S)
 
     def load(self, name: str, path: str) -> httpx.Response:
@@ -76,7 +76,7 @@ class Cluster:
         return self.admin("POST", "unload_parade_adapter", {"parade_name": name})
 
     def state(self) -> dict[str, Any]:
-        """Adapters and replicas, as the coordinator has them."""
+        """The coordinator's adapters and replicas."""
         return self.admin("GET", "parade_adapters").raise_for_status().json()
 
     def names(self) -> set[str]:
@@ -87,7 +87,7 @@ class Cluster:
         return {replica["name"]: replica["pid"] for replica in self.state()["replicas"]}
 
     def models_by_replica(self, replicas: set[str]) -> dict[str, set[str]]:
-        """Names that each of these replicas serves."""
+        """Names of the models that each of these replicas serves."""
         found: dict[str, set[str]] = {}
 
         def all_seen() -> bool:
@@ -103,7 +103,7 @@ class Cluster:
 
 
 def processes(title: str) -> list[psutil.Process]:
-    """Processes below this one that call themselves so."""
+    """Descendants of this process whose command line contains `title`."""
     found = []
     for process in psutil.Process().children(recursive=True):
         try:
@@ -115,7 +115,7 @@ def processes(title: str) -> list[psutil.Process]:
 
 
 def wait_until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
-    """The condition's value as soon as it is true; answers that a changing cluster does not give count as not yet."""
+    """The condition's value once it is true; HTTP, key and value errors of a changing cluster count as false."""
     end, last = time.monotonic() + seconds, None
     while time.monotonic() < end:
         try:
@@ -128,20 +128,20 @@ def wait_until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
 
 
 def wait_for_a_share(app: Cluster, new: str, right: dict[str, Right]) -> None:
-    """Wait until a new replica answers some of more requests than the others take while it has room."""
+    """Send batches until the new replica answers some; the others do not take a whole batch while it has room."""
 
     def answers_some() -> bool:
         answers = together(app.url, [*FRESH, *FRESH])
         check([*FRESH, *FRESH], answers, right)
         return any(answer.replica == new for answer in answers)
 
-    # Each router hears of it in its own time.
+    # Routers learn of the replica at different times.
     wait_until(answers_some, CHANGE_TIMEOUT_S, "the new replica takes its share")
 
 
 @contextmanager
 def cluster(replicas: int, **arguments: Any) -> Iterator[Cluster]:
-    """Ray on the loopback interface, with the application that these arguments build."""
+    """Ray on the loopback interface, running the application built from these arguments."""
     import ray
     from ray import serve
 
@@ -154,7 +154,7 @@ def cluster(replicas: int, **arguments: Any) -> Iterator[Cluster]:
             include_dashboard=False,
             object_store_memory=100_000_000,
             log_to_driver=False,
-            # Ray takes 127.0.0.1 for a request to use the machine's address in the network.
+            # Ray replaces 127.0.0.1 by the machine's network address.
             _node_ip_address="127.0.0.2",
             _metrics_export_port=metrics_port,
             _system_config={"metrics_report_interval_ms": 1000},

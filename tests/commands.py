@@ -9,10 +9,10 @@ import pytest
 
 
 def refusal(main: Callable[[], None], *flags: object) -> str:
-    """The line with which a command refuses its flags, exit code 1."""
+    """Run a command that must refuse its flags with exit code 1; return its one-line error."""
     with patch.object(sys, "argv", ["command", *map(str, flags)]), pytest.raises(SystemExit) as ended:
         main()
-    # Python prints a text to stderr and exits with 1.
+    # SystemExit with a string: Python prints it to stderr and exits with code 1.
     assert isinstance(ended.value.code, str)
     assert len(ended.value.code.splitlines()) == 1
     return ended.value.code

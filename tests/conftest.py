@@ -1,19 +1,19 @@
-"""What the tests share: the real small model, a tiny random one, adapters for them and the oracle."""
+"""Shared fixtures: a real small model, a tiny random model, adapters for both and the oracle."""
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-# Before vLLM is imported: engine core and worker stay in this process, where tests can look at them.
+# Set before vLLM is imported: engine core and worker stay in this process, where tests can inspect them.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Before PyTorch is imported: OpenMP threads sleep while they wait for each other. Beside other busy processes, threads
-# that spin take the cores from those that they wait for, and an engine is ten times slower.
+# Set before PyTorch is imported: waiting OpenMP threads sleep. On a busy machine, spinning threads take the cores of
+# the threads that they wait for, and an engine is ten times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # The other workers have the other cores.
+    # The other cores are for the other xdist workers.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent.parent
 
-# Hypothesis' time limits, 0.2 s for an example, do not hold on a busy machine.
+# Hypothesis' time limit of 0.2 s per example is too short on a busy machine.
 settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("unhurried")
 
@@ -55,14 +55,18 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
-    """Under the interpreter, files without kernels need not be imported."""
+    """Under Triton's interpreter, skip files without kernel tests before they are imported."""
     if INTERPRETED and collection_path.match("test_*.py") and "mark.triton" not in collection_path.read_text("utf-8"):
         return True
     return None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Kernels need a GPU or the interpreter, whose process runs nothing else: vLLM there is another one (runner V2)."""
+    """Skip tests that cannot run in this process.
+
+    Kernel tests need a GPU or Triton's interpreter. Under the interpreter nothing else runs, because vLLM then takes
+    model runner V2.
+    """
     if "PYTEST_XDIST_WORKER" in os.environ:
         items.sort(key=lambda item: rank(item.nodeid))
     for item in items:
@@ -89,7 +93,7 @@ def smollm() -> str:
 
 @pytest.fixture(scope="session")
 def weightless(smollm: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of the same model without its weights: nothing that passes with it has loaded them."""
+    """Folder of the same model without its weights; a test that passes with it has loaded none."""
     folder = tmp_path_factory.mktemp("weightless")
     for file in Path(smollm).iterdir():
         if file.suffix != ".safetensors":
@@ -104,7 +108,7 @@ def smollm_shape(smollm: str) -> BaseModelShape:
 
 @pytest.fixture(scope="session")
 def oracle(smollm: str) -> "Oracle":
-    # PEFT takes seconds to load, and xdist's own process needs no oracle.
+    # Imported here: PEFT takes seconds to load, and xdist's controller process needs no oracle.
     from testing.oracle import Oracle
 
     return Oracle(smollm)
@@ -128,14 +132,14 @@ def variants(tmp_path_factory: pytest.TempPathFactory, smollm_shape: BaseModelSh
 
 @pytest.fixture(scope="session", autouse=True)
 def engines() -> Iterator[None]:
-    """Shared engines end with the tests."""
+    """Close the shared engine after the last test."""
     yield
     close_shared()
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Folder of a random LLaMA of three layers whose heads can be split over two ranks, with a tokenizer of words."""
+    """Folder of a random three-layer LLaMA with a word tokenizer; its heads can be split over two ranks."""
     folder = tmp_path_factory.mktemp("tiny")
     make_tiny_model(folder)
     make_tokenizer(folder, 512)
@@ -171,7 +175,7 @@ def marked(tmp_path_factory: pytest.TempPathFactory, tiny_shape: BaseModelShape)
     folder = tmp_path_factory.mktemp("marked")
     kinds: dict[str, dict[str, Any]] = {
         "turns": {},
-        # Its vectors depend on an instruction's last token alone.
+        # Its vectors depend only on the last token of an instruction.
         "last_turns": {"pooler": "last_token", "strength": STRONG / 5},
         "short_turns": {"instruction_max_tokens": 12},
     }
@@ -183,7 +187,7 @@ def marked(tmp_path_factory: pytest.TempPathFactory, tiny_shape: BaseModelShape)
 
 @pytest.fixture(scope="session")
 def small(smollm: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Folder of a random model of two layers with SmolLM2's tokenizer, for tests that train."""
+    """Folder of a random two-layer model with SmolLM2's tokenizer, for tests that train."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     folder = tmp_path_factory.mktemp("small")

@@ -4,12 +4,12 @@ import torch
 
 USER, ASSISTANT = [500, 501], [502, 503]
 MARKERS = {"instruction_start_tokens": USER, "instruction_end_tokens": ASSISTANT}
-# Random tokens are below these.
+# Random tokens are below this, markers are not.
 VOCABULARY = 500
 
 
 def conversation(base: int, *turns: int, seed: int = 0) -> list[int]:
-    """Token ids: so many base tokens, then messages of so many tokens and answers, in turns, from a user's first."""
+    """Token ids: `base` tokens, then user messages and answers in turn, with the lengths in `turns`; a user begins."""
     random = torch.Generator().manual_seed(seed)
     tokens = torch.randint(10, VOCABULARY, (base,), generator=random).tolist()
     for number, length in enumerate(turns):
@@ -19,7 +19,7 @@ def conversation(base: int, *turns: int, seed: int = 0) -> list[int]:
 
 
 def marked_prompts(lengths: list[int], seed: int = 0) -> list[dict[str, list[int]]]:
-    """Random prompts of these lengths; the longer ones hold two turns."""
+    """Random prompts of these lengths; longer prompts contain two turns."""
     found = []
     for number, length in enumerate(lengths):
         answer, message = length // 4, length // 6
@@ -30,5 +30,5 @@ def marked_prompts(lengths: list[int], seed: int = 0) -> list[dict[str, list[int
 
 
 def asked(*conversations: list[int]) -> list[dict[str, list[int]]]:
-    """Prompts as `LLM.generate` takes them."""
+    """Prompts in the format of `LLM.generate`."""
     return [{"prompt_token_ids": tokens} for tokens in conversations]

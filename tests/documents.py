@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Code blocks of the pages, for tests that run them as they stand.
+"""Code blocks of the documentation pages, for tests that run them unchanged.
 
-A comment before a block names the tests that run it: `<!-- runs: tests/x.py::test_y, .ci/run -->`. Where there are
-none, it says what they would need: `<!-- needs: gpu -->`, `<!-- needs: cluster -->`.
+A comment before a block names the tests that run it: `<!-- runs: tests/x.py::test_y, .ci/run -->`. If no
+test runs the block, the comment names what it needs: `<!-- needs: gpu -->`, `<!-- needs: cluster -->`.
 """
 
 import re
@@ -29,9 +29,9 @@ class Block:
 
     page: str
     mark: str
-    """runs, needs, or nothing."""
+    """`runs`, `needs` or empty."""
     names: tuple[str, ...]
-    """What stands behind the mark."""
+    """Names after the mark: tests or needs."""
     language: str
     text: str
 
@@ -48,14 +48,14 @@ def blocks(page: str) -> Iterator[Block]:
 
 
 def texts(page: str, test: str, language: str) -> list[str]:
-    """Texts of the blocks that a test runs, which must exist."""
+    """Texts of the blocks that a test runs; at least one must exist."""
     found = [one.text for one in blocks(page) if test in one.names and one.language == language]
     assert found, f"{page} has no {language} block that {test} runs"
     return found
 
 
 def commands(text: str, **variables: str) -> list[list[str]]:
-    """The words of each command of a bash block, with `$NAME` filled in; comments are left out."""
+    """The words of each command in a bash block, with `$NAME` replaced and comments removed."""
     for name, value in variables.items():
         text = text.replace(f"${name}", value)
     lines = text.replace("\\\n", " ").splitlines()

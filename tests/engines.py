@@ -1,4 +1,4 @@
-"""Real vLLM engines inside the test process: started, used, taken down."""
+"""Start, use and stop real vLLM engines inside the test process."""
 
 import atexit
 import gc
@@ -26,17 +26,17 @@ DEFAULTS: dict[str, Any] = {
 
 
 def dict_of(value: Any) -> Any:
-    """`vars`, for objects that answer to any name: llvmlite's library is one, and has no `__dict__` in truth.
+    """`vars`, or an empty dict if the object's `__dict__` is not a mapping.
 
-    vLLM 0.32 looks at all modules' values when a CPU engine starts, and trips over it once numba is loaded, as
-    speculative decoding does.
+    When a CPU engine starts, vLLM 0.32 inspects the values of all modules. llvmlite's library object returns something
+    for any attribute, `__dict__` included, and breaks that once numba is loaded (speculative decoding loads it).
     """
     found = vars(value)
     return found if isinstance(found, (dict, MappingProxyType)) else {}
 
 
 class _Shared:
-    """The engine that several tests use, and what it was made of. One at a time lives in a process."""
+    """The engine that several tests share, and its options. A process holds one at a time."""
 
     made_of: Any = None
     closing = ExitStack()
@@ -44,7 +44,7 @@ class _Shared:
 
 
 def shared(model: str, **options: Any) -> Any:
-    """The engine of these options; tests that follow each other share it. Starting one is what takes long."""
+    """The engine with these options. Consecutive tests share it, because an engine start is slow."""
     if _Shared.made_of != (model, options):
         close_shared()
         _Shared.llm = _Shared.closing.enter_context(engine(model, **options))
@@ -53,40 +53,40 @@ def shared(model: str, **options: Any) -> Any:
 
 
 def close_shared() -> None:
-    """Take the shared engine down, if there is one."""
+    """Stop the shared engine, if there is one."""
     _Shared.closing.close()
     _Shared.made_of = _Shared.llm = None
 
 
 @cache
 def prepare() -> None:
-    """Once in a process: what vLLM would do for every engine, and what a second engine need not pay for again."""
+    """Do once per process what vLLM would repeat for every engine."""
     from vllm.platforms import current_platform
     from vllm.triton_utils import dispatcher
 
-    import vllm_parade  # noqa: F401  teaches LLM its keywords
+    import vllm_parade  # noqa: F401  adds PARADE's keywords to LLM
 
     vars(dispatcher)["vars"] = dict_of
-    # It looks through all modules; the second time there is nothing left to replace.
+    # This method searches all modules; after the first call there is nothing left to replace.
     platform = type(current_platform)
     platform.register_triton_kernel_overrides = staticmethod(cache(current_platform.register_triton_kernel_overrides))
-    # Modules and their classes stay: no later collection looks at them.
+    # Modules and classes are never freed, so later collections can skip them.
     gc.collect()
     gc.freeze()
-    # At exit, nanobind would take what is frozen for leaks.
+    # At exit, nanobind would report frozen objects as leaks.
     atexit.register(gc.unfreeze)
 
 
 @contextmanager
 def no_collections() -> Iterator[None]:
-    """vLLM collects garbage nine times between an engine's start and its end, which takes longer than all the rest."""
+    """Disable garbage collection: from start to end, vLLM collects nine times, which takes longer than all else."""
     with patch.multiple(gc, collect=lambda generation=2: 0, freeze=lambda: None, unfreeze=lambda: None):
         yield
 
 
 @contextmanager
 def engine(model: str, **options: Any) -> Iterator[Any]:
-    """An `LLM`; its engine core and worker live in this process, so that tests can look at them."""
+    """An `LLM` whose engine core and worker run in this process, so that tests can inspect them."""
     close_shared()
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
@@ -119,7 +119,7 @@ def manager(llm: Any) -> Any:
 
 
 def tiny_engine(model: str, **options: Any) -> Any:
-    """An `engine` of a model without a tokenizer, with PARADE."""
+    """An `engine` with PARADE and without a tokenizer."""
     return engine(model, enable_parade=True, skip_tokenizer_init=True, **options)
 
 
@@ -131,7 +131,7 @@ def prompts(lengths: list[int], seed: int = 0, vocab: int = 40_000) -> list[dict
 
 
 def greedy(max_tokens: int = 8, *, logprobs: int = 1, **options: Any) -> Any:
-    """Sampling parameters of a greedy answer of exactly this length, with log-probabilities."""
+    """Sampling parameters for a greedy answer of exactly `max_tokens` tokens, with log-probabilities."""
     from vllm import SamplingParams
 
     return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, logprobs=logprobs, **options)
@@ -150,7 +150,7 @@ def tiny_greedy(max_tokens: int = 8, **options: Any) -> Any:
 def answered_twice(
     llm: Any, asked: Asked, params: Any, *, block_size: int, cached: bool = True
 ) -> tuple[list[Any], list[ParadeRequest | None]]:
-    """Answers of an engine that holds nothing, then of one that holds all vectors and blocks; and whose they are."""
+    """Answers with empty caches, then with all vectors and blocks cached; and the adapter of each answer."""
     assert llm.reset_prefix_cache()
     rows, outputs = scheduler(llm).rows, []
     for again in (False, True):
@@ -165,7 +165,7 @@ def answered_twice(
 
 
 def record_steps(llm: Any, steps: list[dict[str, int]]) -> None:
-    """Note the scheduled tokens of every step, by the number of the request."""
+    """Append each step's scheduled tokens to `steps`, by request number."""
     mine = scheduler(llm)
     original = mine.schedule
 

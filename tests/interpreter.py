@@ -6,7 +6,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class _Backend:
-    """What Triton must see to count a CPU as a device: vLLM then takes model runner V2."""
+    """A Triton backend that makes the CPU count as a device; vLLM then takes model runner V2."""
 
     class driver:
         @staticmethod
@@ -15,7 +15,7 @@ class _Backend:
 
 
 def install() -> None:
-    """Make this process take the CPU for a device; before vLLM is imported."""
+    """Register the CPU as a Triton device in this process; call it before vLLM is imported."""
     import triton.backends
 
     triton.backends.backends["cpu"] = _Backend

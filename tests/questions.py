@@ -1,4 +1,4 @@
-"""What the tests of the application ask, many requests at once through the official client, and what is right."""
+"""Questions and right answers for tests of the application, sent concurrently with the official client."""
 
 import asyncio
 from dataclasses import dataclass
@@ -10,17 +10,17 @@ import openai
 from tests.engines import prompts
 
 REPLICA = "x-parade-replica"
-# An answer takes seconds: one that has not come by then is lost.
+# An answer takes seconds; after this time it counts as lost.
 TIMEOUT_S = 120
 BASE = "base"
 NAMES = ["strong", "rank8", "routing", "last"]
-# Loaded while the application runs.
+# Name of an adapter that is loaded while the application runs.
 LATE = "strong2"
 VOCABULARY = 512
 LENGTHS = [5, 40, 17, 64, 9, 33, 25, 50, 12, 28, 7, 45]
-# Tokens of an answer that takes long enough for something to happen meanwhile.
+# Tokens of an answer that is long enough for the cluster to change before it ends.
 LONG = 240
-# Of two tokens that are closer than this in log-probability, either may come first in another batch.
+# Two tokens closer than this in log-probability may swap ranks in another batch.
 NEAR_TIE = 1e-4
 
 # (model, prompt, tokens to answer)
@@ -36,7 +36,7 @@ MIXED = _questions([BASE, *NAMES], 60, seed=80, tokens=8)
 STREAMS = _questions([*NAMES, BASE], 30, seed=81, tokens=LONG)
 PLAIN = _questions([*NAMES, BASE], 6, seed=82, tokens=LONG)
 FRESH = _questions([LATE], 20, seed=83, tokens=32)
-# What the tokenizer's chat template makes of the messages.
+# MESSAGES as rendered by the tokenizer's chat template.
 CHAT: Question = (NAMES[0], [1, 100, 200, 300, 400, 2], 8)
 MESSAGES: Any = [{"role": "user", "content": "w100 w200 w300 w400"}]
 
@@ -51,22 +51,22 @@ class Right:
 
     @classmethod
     def of(cls, completion: Any) -> "Right":
-        """What an engine answered that gave two log-probabilities a token."""
+        """From an engine's completion with two log-probabilities per token."""
         best = [sorted((one.logprob for one in step.values()), reverse=True) for step in completion.logprobs]
         ties = (place for place, (first, second, *_) in enumerate(best) if first - second < NEAR_TIE)
         return cls(list(completion.token_ids), next(ties, len(best)))
 
     def begins_with(self, tokens: list[int]) -> bool:
-        """Whether these are its first tokens."""
+        """Whether these are the first tokens of the answer, up to its first near tie."""
         return tokens[: self.clear] == self.tokens[: len(tokens)][: self.clear]
 
     def equals(self, tokens: list[int]) -> bool:
-        """Whether these are its tokens."""
+        """Whether these are the tokens of the answer, compared up to its first near tie."""
         return len(tokens) == len(self.tokens) and self.begins_with(tokens)
 
 
 class Answer:
-    """What came of a question: its replica, its tokens, and how it ended."""
+    """The result of a question: replica, tokens and error."""
 
     replica = ""
     error: Exception | None = None
@@ -76,14 +76,14 @@ class Answer:
 
 
 def check(asked: list[Question], answers: list[Answer], right: dict[str, Right]) -> None:
-    """Assert that all were answered, and rightly."""
+    """Assert that every question has its right answer."""
     for question, answer in zip(asked, answers, strict=True):
         assert answer.error is None, f"{question[0]}: {answer.error}"
         assert right[str(question)].equals(answer.tokens), question[0]
 
 
 def together(url: str, asked: list[Question], at_once: int = 99) -> list[Answer]:
-    """Answers to all these; every third is streamed."""
+    """Answers to all questions, at most `at_once` in flight; every third is streamed."""
     answers = [Answer() for _ in asked]
     pairs = [(question, number % 3 == 0) for number, question in enumerate(asked)]
     asyncio.run(ask_all(url, pairs, answers, at_once))
@@ -91,7 +91,7 @@ def together(url: str, asked: list[Question], at_once: int = 99) -> list[Answer]
 
 
 async def ask_all(url: str, asked: list[tuple[Question, bool]], answers: list[Answer], at_once: int = 99) -> None:
-    """Ask all these, whether streamed or not, so many at once."""
+    """Ask all questions, at most `at_once` in flight; the flag of each says whether it is streamed."""
     room = asyncio.Semaphore(at_once)
 
     async def one(client: openai.AsyncOpenAI, question: Question, stream: bool, answer: Answer) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What sampling parameters do to logits, written down once more for the oracle."""
+"""Effects of sampling parameters on logits, implemented independently for the oracle."""
 
 from collections.abc import Collection, Mapping, Sequence
 from functools import cache
@@ -11,7 +11,7 @@ from testing.oracle import Rule
 
 
 def forbid(tokens: Collection[int], until: int) -> Rule:
-    """No answer of fewer than so many tokens has one of these."""
+    """Forbid these tokens while the answer has fewer than `until` tokens."""
 
     def rule(logits: torch.Tensor, prompt: list[int], answer: list[int]) -> torch.Tensor:
         return _without(logits, tokens) if len(answer) < until else logits
@@ -20,7 +20,7 @@ def forbid(tokens: Collection[int], until: int) -> Rule:
 
 
 def allow(tokens: Collection[int]) -> Rule:
-    """None but these."""
+    """Allow only these tokens."""
 
     def rule(logits: torch.Tensor, prompt: list[int], answer: list[int]) -> torch.Tensor:
         return _only(logits, tokens)
@@ -29,7 +29,7 @@ def allow(tokens: Collection[int]) -> Rule:
 
 
 def add(bias: Mapping[int, float]) -> Rule:
-    """Some tokens more or less likely."""
+    """Add a bias to the logits of some tokens."""
 
     def rule(logits: torch.Tensor, prompt: list[int], answer: list[int]) -> torch.Tensor:
         return logits.index_add(0, torch.tensor(list(bias)), torch.tensor(list(bias.values())))
@@ -38,7 +38,7 @@ def add(bias: Mapping[int, float]) -> Rule:
 
 
 def avoid(sequences: Sequence[list[int]]) -> Rule:
-    """The last token of a sequence does not follow those before it."""
+    """Forbid the last token of a sequence after the sequence's other tokens."""
 
     def rule(logits: torch.Tensor, prompt: list[int], answer: list[int]) -> torch.Tensor:
         begun = [one for one in sequences if answer[len(answer) - len(one) + 1 :] == one[:-1]]
@@ -48,7 +48,7 @@ def avoid(sequences: Sequence[list[int]]) -> Rule:
 
 
 def penalise(repetition: float, frequency: float, presence: float) -> Rule:
-    """`repetition` weighs on what stands in prompt or answer, the others on what stands in the answer."""
+    """Penalise tokens: `repetition` applies to those in prompt or answer, the others to those in the answer."""
 
     def rule(logits: torch.Tensor, prompt: list[int], answer: list[int]) -> torch.Tensor:
         seen = torch.bincount(torch.tensor([*prompt, *answer]), minlength=len(logits)) > 0
@@ -60,7 +60,7 @@ def penalise(repetition: float, frequency: float, presence: float) -> Rule:
 
 
 def one_of(texts: Collection[str], tokenizer: Any) -> Rule:
-    """The answer is one of these texts and then ends; none of them begins with another."""
+    """The answer is one of these texts, then EOS. No text may be a prefix of another."""
     spelled = {token: tokenizer.decode([token]) for token in range(len(tokenizer))}
     special = set(tokenizer.all_special_ids)
 

@@ -1,4 +1,4 @@
-"""The environment of processes that tests start, and `vllm` commands that end by themselves."""
+"""The environment of processes that tests start, and `vllm` commands that exit by themselves."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ from testing.server import START_TIMEOUT_S, VLLM
 
 
 def environment() -> dict[str, str]:
-    """This process's own, less what the tests set for engines that live inside it."""
+    """This process's environment, without the setting for in-process engines."""
     inherited = {name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     return {
         **inherited,
@@ -21,7 +21,7 @@ def environment() -> dict[str, str]:
 
 
 def run_to_the_end(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a `vllm` command that is expected to end by itself; standard output and error are kept together."""
+    """Run a `vllm` command that exits by itself; stdout holds standard output and error."""
     return subprocess.run(
         [VLLM, *arguments],
         env=environment(),
@@ -34,7 +34,7 @@ def run_to_the_end(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def run_here(capfd: pytest.CaptureFixture[str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The same in this process, which has loaded vLLM already."""
+    """Like `run_to_the_end`, but in this process, which has already loaded vLLM."""
     from vllm.entrypoints.cli.main import main
 
     code = 0

@@ -1,4 +1,4 @@
-"""What random scenarios are made of."""
+"""Hypothesis strategies for random scenarios."""
 
 from typing import Any
 
@@ -6,5 +6,5 @@ from hypothesis import strategies as st
 
 
 def weighted(weights: dict[st.SearchStrategy[Any], int]) -> st.SearchStrategy[Any]:
-    """One of these strategies, each as often as its weight says; `one_of` would take each once, however often named."""
+    """One of these strategies, drawn by weight; `one_of` counts a repeated strategy only once."""
     return st.sampled_from([one for one, weight in weights.items() for _ in range(weight)]).flatmap(lambda one: one)

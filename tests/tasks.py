@@ -10,15 +10,15 @@ NOUNS = ("film", "comedy", "drama", "story", "sequel", "picture")
 
 
 def sentences() -> list[tuple[str, int]]:
-    """Sentences and labels, the labels taking turns."""
+    """Sentences with alternating labels."""
     pairs = [((good, 1), (bad, 0)) for good, bad in zip(GOOD, BAD, strict=True)]
     return [(f"a {word} {noun}", label) for noun, pair in product(NOUNS, pairs) for word, label in pair]
 
 
 def write_sst2(folder: Path) -> Path:
-    """60 examples to train on, and 8 and 4 held out."""
+    """Write 60 training, 8 dev and 4 test examples; return the folder."""
     rows = [f"{sentence}\t{label}" for sentence, label in sentences()]
-    # The first training sentence stands in dev too.
+    # One dev sentence is in the training file too; the reader must leave it out of training.
     for split, lines in {"train": rows[:60] + rows[60:61], "dev": rows[60:68], "test": rows[68:]}.items():
         (folder / f"{split}.tsv").write_text("\n".join(lines) + "\n")
     (folder / "SOURCE.txt").write_text("data set: made up for a test\nlicence as stated: none\nnote: small\n")

@@ -9,11 +9,11 @@ from transformers import AutoTokenizer
 
 @dataclass(frozen=True)
 class Format:
-    """A chat template, and what must be found in it."""
+    """A chat template and the markers that must be found in it."""
 
     template: str
     special: tuple[str, ...] = ()
-    """Tokens that the tokenizer gets."""
+    """Special tokens added to the tokenizer."""
     start: str = ""
     """Text of the start tokens; empty for a template that must be refused."""
     end: str = ""
@@ -27,7 +27,7 @@ class Format:
 
 
 def _every(message: str, prompt: str, first: str = "") -> str:
-    """The same expression for every message."""
+    """A template with the same expression for every message."""
     return (
         f"{first}{{% for m in messages %}}{{{{ {message} }}}}{{% endfor %}}"
         f"{{% if add_generation_prompt %}}{{{{ {prompt} }}}}{{% endif %}}"
@@ -35,7 +35,7 @@ def _every(message: str, prompt: str, first: str = "") -> str:
 
 
 def _roles(user: str, assistant: str, system: str, prompt: str = "''") -> str:
-    """An expression for each role."""
+    """A template with one expression per role."""
     return (
         "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ " + user + " }}{% elif m.role == "
         "'assistant' %}{{ " + assistant + " }}{% else %}{{ " + system + " }}{% endif %}{% endfor %}"
@@ -48,7 +48,7 @@ _CHATML = "'<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n'"
 _THINKS = "<think>\\n\\n</think>\\n\\n"
 FORMATS = {
     "chatml": Format(_every(_CHATML, "'<|im_start|>assistant\\n'"), (), "<|im_start|>user", "<|im_start|>assistant"),
-    # Nothing closes a conversation's last message.
+    # Without a generation prompt, the last message has no end token.
     "chatml_open": Format(
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content }}"
         "{% if add_generation_prompt or not loop.last %}{{ '<|im_end|>\\n' }}{% endif %}{% endfor %}"
@@ -73,7 +73,7 @@ FORMATS = {
         "[INST]",
         "[/INST]",
     ),
-    # Histories end with a token of their own.
+    # Without a generation prompt, the text ends with EOS.
     "phi3": Format(
         "{% for m in messages %}{{ '<|' + m.role + '|>\\n' + m.content + '<|end|>\\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% else %}{{ eos_token }}{% endif %}",
@@ -92,14 +92,14 @@ FORMATS = {
         "<start_of_turn>user\n",
         "<start_of_turn>model\n",
     ),
-    # Only prompts begin to think.
+    # Only the generation prompt opens <think>.
     "deepseek_r1": Format(
         _roles("'<User>' + m.content", "'<Assistant>' + m.content + '<end>'", "m.content", "'<Assistant><think>\\n'"),
         ("<User>", "<Assistant>", "<end>"),
         "<User>",
         "<Assistant>",
     ),
-    # Only the last answer, and a prompt, have thoughts.
+    # Only the last answer and the generation prompt contain <think>.
     "qwen3": Format(
         "{% for m in messages %}{% if m.role == 'assistant' and loop.last %}"
         "{{ '<|im_start|>assistant\\n" + _THINKS + "' + m.content + '<|im_end|>\\n' }}"
@@ -109,7 +109,7 @@ FORMATS = {
         "<|im_start|>user",
         "<|im_start|>assistant",
     ),
-    # What follows is refused.
+    # The templates below must be refused.
     "llama2": Format(
         _roles("'[INST] ' + m.content.strip() + ' [/INST]'", "' ' + m.content.strip() + ' ' + eos_token", "m.content")
     ),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pages: their commands are run, their links lead somewhere, and they say what code and results say."""
+"""Documentation pages: commands run, links resolve, and texts agree with code and results."""
 
 import ast
 import inspect
@@ -21,7 +21,7 @@ from vllm_parade.frontend import startup
 RUN = ("bash", "python", "yaml", "json")
 NEEDS = {"gpu", "cluster"}
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
-# Below so many letters that are the message's own, anything would match.
+# A message with fewer fixed characters is skipped, because its pattern would match anything.
 LEAST_LETTERS = 20
 
 
@@ -47,7 +47,7 @@ def test_ci_runs_what_the_pages_say() -> None:
     for page in ("docs/index.md", "CONTRIBUTING.md"):
         for text in texts(page, ".ci/run", "bash"):
             for _, target, *_ in commands(text):
-                # What .ci/run makes needs it.
+                # install: the targets in .ci/run depend on it.
                 assert target == "install" or f"make {target}\n" in ci
 
 
@@ -124,7 +124,7 @@ def test_the_tree_is_the_tree() -> None:
 
 
 def messages() -> Iterator[re.Pattern[str]]:
-    """Every text of the package in which something is told, with anything where something is filled in."""
+    """A pattern for every string of the package; a placeholder matches any text."""
     for file in (ROOT / "vllm_parade").rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if not isinstance(node, (ast.Constant, ast.JoinedStr)):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the package gives away, and what loading it drags in."""
+"""The package's public names, and the modules that importing it loads."""
 
 import ast
 import re
@@ -58,7 +58,7 @@ LIGHT = ("vllm_parade", "vllm_parade.adapter", "vllm_parade.ops.reference", "vll
 
 @pytest.mark.parametrize("module", LIGHT)
 def test_training_code_loads_neither_vllm_nor_triton(module):
-    """PyTorch, PEFT and Transformers may look whether Triton is there; what they load by themselves is not ours."""
+    """PyTorch, PEFT and Transformers may load Triton; only modules loaded after them count."""
     library = "torch, peft, transformers.trainer" if module.endswith(("tuner", "train")) else "torch"
     script = (
         f"import sys, pkgutil, importlib, {library}\n"
@@ -80,7 +80,7 @@ HEAVY = {"numpy", "peft", "ray", "torch", "transformers", "vllm", "vllm_parade.a
 
 @pytest.mark.parametrize("statement", ["import vllm_parade", "from vllm_parade.cluster import lifeline"])
 def test_the_front_door_loads_nothing_heavy(statement):
-    """Every process of vLLM imports the plugin, and so does every tool that only needs the package's version."""
+    """Every vLLM process imports the plugin, as does every tool that only needs the package's version."""
     script = f"import sys\n{statement}\nprint(*sys.modules)"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     loaded = set(result.stdout.split())
@@ -107,9 +107,9 @@ def imported_modules(path):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-# Distributions that are called otherwise than their module.
+# Distributions whose name differs from the module's.
 DISTRIBUTIONS = {"rouge_score": "rouge-score", "yaml": "pyyaml"}
-# Not in the extra: a few users want them, and a message says how to get them.
+# Not in the extra: few users need them, and an error message says how to install them.
 OPTIONAL = {"datasets", "vllm"}
 
 

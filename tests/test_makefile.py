@@ -1,4 +1,4 @@
-"""`make test`: both halves run, and either of them makes it fail."""
+"""`make test` runs both halves and fails if either half fails."""
 
 import os
 import shutil
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# Stands in for the virtual environment's Python: notes the half it runs as, and ends with that half's code.
+# Replaces the virtual environment's Python: records each call and exits with the code of its half.
 PYTHON = """#!/bin/sh
 echo "${TRITON_INTERPRET:-0} $*" >> "$CALLS"
 [ -z "$TRITON_INTERPRET" ] && exit "$MAIN_CODE"
@@ -21,7 +21,7 @@ exit "$TRITON_CODE"
     ("main", "triton", "green"),
     [
         (0, 0, True),
-        # pytest ends with 5 where it runs no test: the second half may be empty, all of it may not.
+        # pytest exits with 5 if it runs no test: allowed in the second half, but not in both.
         (0, 5, True),
         (5, 5, False),
         (1, 0, False),
@@ -34,7 +34,7 @@ def test_both_halves_run_and_either_fails_the_target(tmp_path: Path, main: int, 
     python.write_text(PYTHON)
     python.chmod(0o755)
     stamp.touch()
-    # Where these tests run under make themselves, its flags are not for this one.
+    # If make runs these tests, its flags must not reach the make started here.
     environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "TRITON_INTERPRET")}
     environment |= {"CALLS": str(calls), "MAIN_CODE": str(main), "TRITON_CODE": str(triton)}
     done = subprocess.run(

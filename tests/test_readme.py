@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""README is short, and what it promises is so. Its generated tables are tested with those of the other pages."""
+"""README is short and its claims hold. test_docs checks its generated tables."""
 
 import re
 import subprocess
@@ -39,7 +39,7 @@ def test_ci_runs_the_second_command() -> None:
 def test_make_demo() -> None:
     (text,) = texts("README.md", f"{HERE}::test_make_demo", "bash")
     assert text.startswith("make demo ")
-    # Whoever runs the tests has installed: the stamp counts as new, so that make installs nothing.
+    # The environment is already installed; --assume-old keeps make from installing it again.
     stamps = [word for device in ("cpu", "cuda") for word in ("--assume-old", f".venv/.installed-{device}")]
     done = subprocess.run(["make", *stamps, "demo"], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Contracts with vLLM: what the package wraps and overrides is still there and still called.
+"""Contracts with vLLM: every method that the package wraps or overrides still exists and is still called.
 
-A failure here means that vLLM has changed. Its message says what and where; patches/README.md says what the seam is
-for. Longer than 300 lines, since the seams are one list and whoever upgrades vLLM reads their contracts in one place.
+A failure here means that vLLM has changed. The message says what and where; patches/README.md explains the seam. The
+file exceeds 300 lines so that a vLLM upgrade finds all contracts in one place.
 """
 
 import inspect
@@ -52,7 +52,7 @@ def version_two_runner():
 class TestSeams:
     @pytest.mark.parametrize("seam", SEAMS, ids=seam_id)
     def test_target_is_the_classs_own(self, seam):
-        """An inherited method would be wrapped on the subclass, or, worse, the base class's callers missed."""
+        """A wrapper of an inherited method would sit on the subclass and miss the base class's callers."""
         assert method_name(seam) in vars(seam.owner), f"{seam.module}: {seam.method} is gone or moved. {HELP}"
         module = getattr(seam.owner, "__module__", seam.owner.__name__)
         assert module == seam.module, f"{seam.method} is defined in {module} now. {HELP}"
@@ -85,7 +85,7 @@ class TestSeams:
 
 class TestLedger:
     def entries(self):
-        """Section title to its text."""
+        """Text of each section, by title."""
         parts = re.split(r"^### `(.+)`$", LEDGER.read_text(), flags=re.MULTILINE)
         return dict(zip(parts[1::2], parts[2::2], strict=True))
 
@@ -95,7 +95,7 @@ class TestLedger:
         assert headings == [seam.method for seam in SEAMS]
 
     def test_lists_every_overridden_method(self):
-        """Public and private, of all mixins."""
+        """Public and private methods of all mixins."""
         mixins = (ParadeSchedulerMixin, ParadeModelRunnerMixin, ParadeModelRunnerV2Mixin, ParadeWorkerMixin)
         entries = self.entries()
         for mixin in mixins:
@@ -153,11 +153,11 @@ class TestOverrides:
     @pytest.mark.parametrize(
         ("cls", "caller", "call", "times"),
         [
-            # The running loop and the waiting loop.
+            # Once in the running loop, once in the waiting loop.
             (Scheduler, "schedule", "self._reserve_prefill_lookahead(", 2),
             (Scheduler, "schedule", "self._get_local_prefix_cache_hit(request", 1),
             (Scheduler, "schedule", "self._update_after_schedule(scheduler_output)", 1),
-            # Only the running loop, before any waiting request of the step runs.
+            # Only in the running loop, before the step schedules any waiting request.
             (Scheduler, "schedule", "self._preempt_request(", 1),
             (Scheduler, "schedule", "request.status = RequestStatus.RUNNING", 1),
             (Scheduler, "reset_prefix_cache", "self._preempt_request(", 1),
@@ -191,7 +191,7 @@ class TestOverrides:
             assert re.search(r"^\s+(continue|break)$", after, flags=re.MULTILINE), f"Scheduler.schedule. {HELP}"
 
     def test_batches_are_in_order_when_inputs_are_prepared(self):
-        """The metadata is filled in batch order: `_update_states` comes first, the forward pass after."""
+        """Metadata is filled in batch order, after `_update_states` and before the forward pass."""
         source = inspect.getsource(inspect.unwrap(GPUModelRunner.execute_model))
         order = [
             source.index(call) for call in ("self._update_states(", "self._prepare_inputs(", "self._model_forward(")
@@ -208,7 +208,7 @@ class TestOverrides:
         assert "self.use_v2_model_runner" in source, f"CPUWorker.init_device. {HELP}"
 
     def test_the_additional_config_flag_can_be_merged(self):
-        """PARADE's flags live in that flag's value, so its action is replaced in place."""
+        """PARADE's flags are stored in this flag's value, so its action is replaced in place."""
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -220,21 +220,21 @@ class TestOverrides:
 
 
 class TestStats:
-    """What row counts need on their way from the scheduler to /metrics; test_metrics says what comes of it."""
+    """The path of row counters from the scheduler to /metrics; test_metrics checks the exported values."""
 
     def test_stats_have_a_field_that_can_carry_counts(self):
         (field,) = [field for field in fields(SchedulerStats) if field.name == "running_lora_adapters"]
         assert field.type == dict[str, int], f"SchedulerStats.running_lora_adapters is {field.type} now. {HELP}"
 
     def test_only_lora_reads_it(self):
-        """PARADE refuses LoRA, so the counts are in nobody's way."""
+        """PARADE refuses LoRA, so the field is free for its counters."""
         source = inspect.getsource(loggers)
         read = r"if self\.gauge_lora_info is not None:\s+running_lora_adapters = [^=]*stats\.running_lora_adapters"
         assert len(re.findall(read, source)) == 1, f"{loggers.__name__}. {HELP}"
         assert source.count("stats.running_lora_adapters") == 1, f"{loggers.__name__}. {HELP}"
 
     def test_the_front_end_leaves_what_is_in_it(self):
-        """It adds the names of LoRA adapters."""
+        """The front end only adds names of LoRA adapters."""
         stats = SchedulerStats(running_lora_adapters={"parade_row_hits": 1})
         states = LoRARequestStates(log_stats=True)
         states.request_running("request", "adapter")
@@ -254,7 +254,7 @@ class TestStats:
             assert used in source, f"StatLoggerManager without {used!r}. {HELP}"
 
     def test_making_vllms_logger_drops_all_counters(self):
-        """So ours are made after it, and a second engine of a process registers none of them twice."""
+        """PARADE's counters are created afterwards, so a second engine in a process registers none twice."""
         source = inspect.getsource(loggers.PrometheusStatLogger.__init__)
         assert "unregister_vllm_metrics()" in source, f"PrometheusStatLogger. {HELP}"
 

@@ -1,4 +1,4 @@
-"""Tests on several workers: nothing that is shared starts twice, and a worker that crashes fails the run."""
+"""Tests on several xdist workers: a shared engine starts only once, and a crashed worker fails the run."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ def files() -> list[str]:
 
 
 def test_files_that_share_something_are_one_group() -> None:
-    # The application, and the engine of the real model, by the fixtures' names.
+    # Files that share the application or the engine of the real model, found by the fixture's name.
     for folder, fixture in (("tests/cluster/", "app: Cluster"), ("tests/e2e/smollm/", "llm: Any")):
         sharing = [name for name in files() if name.startswith(folder) and fixture in (ROOT / name).read_text("utf-8")]
         assert len(sharing) > 1

@@ -1,18 +1,18 @@
-"""Which tests run on which of pytest-xdist's workers: those that share an engine on one, and the longest first."""
+"""Groups of tests for pytest-xdist: tests that share an engine run on one worker, and long groups start first."""
 
 from typing import Any
 
 import pytest
 
-# Test files of a group share an engine, an application, or the process that others are forks of. Every other file is a
-# group of its own.
+# Files of a group share an engine, an application, or the process that others are forked from. Every other file is its
+# own group.
 FORKS = ("tests/e2e/test_async.py", "tests/e2e/test_parallel.py")
 GROUPS = {
     "tests/cluster/test_application": "application",
     "tests/e2e/smollm/": "smollm",
     **dict.fromkeys(FORKS, "forks"),
 }
-# The longest groups, which start first. Of two workers, one must not wait for the other at the end.
+# The longest groups start first, so that one worker does not wait for another at the end.
 FIRST = ("application", "tests/e2e/test_server.py", "smollm", "forks", "tests/e2e/", "tests/train/")
 
 
@@ -22,7 +22,7 @@ def group(test: str) -> str:
 
 
 def rank(test: str) -> int:
-    """The longer a test's group takes, the lower."""
+    """The rank of a test's group; longer groups have lower ranks and start earlier."""
     return next((number for number, start in enumerate(FIRST) if group(test).startswith(start)), len(FIRST))
 
 
@@ -34,6 +34,6 @@ def make_scheduler(config: pytest.Config, log: Any) -> Any:
         def _split_scope(self, nodeid: str) -> str:
             return group(nodeid)
 
-    # It would start with the groups that have the most tests.
+    # By default, xdist starts with the groups that have the most tests.
     config.option.loadscopereorder = False
     return GroupScheduling(config, log)

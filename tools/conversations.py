@@ -3,16 +3,16 @@
 
     python -m tools.conversations --e2e e2e/devset.csv --sst2 sst2/train.tsv --output conversations.jsonl
 
-No row of a data set is used twice, so that a split of the conversations splits the rows too; each stops where its rows
-end. The same files, numbers and seed give the same conversations. By source:
+No row of a data set is used twice, so a split of the conversations also splits the rows. A source ends when all its
+rows are used. The same files, --rows and --seed give the same conversations. By source:
 
 - `--alpaca` alpaca_en_demo.json: unrelated instructions, one a turn, as when a user changes the subject.
-- `--gsm8k` train.jsonl: a problem and its solution. The next turn asks for the result alone, which the answer before
-  holds.
+- `--gsm8k` train.jsonl: a problem and its solution. The next turn asks for the result alone, which is in the previous
+  answer.
 - `--e2e` devset.csv: the system message holds a reference, as a document before the first turn. The first turn asks for
   a review. Later turns ask for another review of the same place, or for one of the reference's values.
 - `--sst2` train.tsv: a turn gives two sentences and asks for the sentiment of the second one. The next turn asks for
-  the one before. Its answer stands nowhere in the conversation: only the turn before has the sentence.
+  the sentiment of the first one. The conversation does not state it: only the previous turn has the sentence.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def alpaca(file: Path, chance: random.Random) -> Iterator[tuple[str, Turns]]:
 
 
 def gsm8k(file: Path, chance: random.Random) -> Iterator[tuple[str, Turns]]:
-    """Problems, each with a question for the result alone behind it."""
+    """Problems, each followed by a question for the result alone."""
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     chance.shuffle(rows)
     left = iter(rows)
@@ -75,7 +75,7 @@ def e2e(file: Path, chance: random.Random) -> Iterator[tuple[str, Turns]]:
 
 
 def sst2(file: Path, chance: random.Random) -> Iterator[tuple[str, Turns]]:
-    """Two sentences, the sentiment of the second one, and then that of the first one."""
+    """Two sentences, a question for the sentiment of the second one, then one for that of the first one."""
     lines = file.read_text(encoding="utf-8").splitlines()
     chance.shuffle(lines)
     left = iter([line.rsplit("\t", 1) for line in lines])
@@ -96,7 +96,7 @@ SOURCES: dict[str, Callable[[Path, random.Random], Iterator[tuple[str, Turns]]]]
 
 
 def messages(system: str, turns: Turns) -> list[dict[str, str]]:
-    """A conversation as the trainer reads it."""
+    """A conversation in the trainer's format."""
     said = [("system", system)] if system else []
     for question, answer in turns:
         said += [("user", question), ("assistant", answer)]
@@ -107,9 +107,9 @@ def build(files: dict[str, Path], rows: int, seed: int) -> list[list[dict[str, s
     """Conversations of all sources, mixed.
 
     Args:
-        files: by name of the source
+        files: data files by source name
         rows: largest number of conversations of each source
-        seed: of all that is left to chance
+        seed: seed of all random choices
     """
     found = []
     for name, file in files.items():

@@ -11,7 +11,7 @@ NAMES = {"base": "base model", "parade": "PARADE, turns", "lora": "LoRA"}
 
 
 def history() -> str:
-    """Times to first token where histories and documents are cached, and steps beside a long prompt."""
+    """Times to first token with cached histories and documents, and step times beside a long prompt."""
     rows = [
         _row(f"12 turns, {count} at once: sum of first tokens, ms", FILES, "ttft_sum_ms", conversations=count)
         for count in (1, 16)

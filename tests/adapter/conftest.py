@@ -16,7 +16,7 @@ CONFIG = AdapterConfig(base_model_name_or_path="tiny", r=4, num_capsules=2)
 
 @dataclass(frozen=True)
 class Folder:
-    """An adapter's folder that tests damage."""
+    """An adapter folder, with methods that damage it."""
 
     path: Path
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import vllm_parade.adapter
 from vllm_parade.adapter import AdapterConfig, AdapterError, load_adapter, load_config, parameter_count, save_adapter
 
-# A folder is written anew by each example, so that sharing it is harmless.
+# Each example rewrites the folder, so examples can share the fixture.
 shares_folder = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=60
 )
@@ -150,7 +150,7 @@ class TestContentHash:
         layer = data.draw(st.sampled_from(sorted(generators)))
         tensor = data.draw(st.sampled_from(sorted(generators[layer].named_tensors())))
         values = generators[layer].named_tensors()[tensor].view(-1).view(torch.int32)
-        # The lowest bit of a float never makes it infinite.
+        # A flip of the lowest bit never makes a float infinite.
         values[data.draw(st.integers(0, len(values) - 1))] ^= 1
         save_adapter(folder.path, config, generators)
         assert load_adapter(folder.path).content_hash != before

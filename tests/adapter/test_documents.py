@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page on the format of adapters: its config is one, and its check runs."""
+"""The page on the adapter format: its config is valid, and its check runs."""
 
 import json
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turns: each against a slower description of SPEC 2b, and what their digests must tell apart."""
+"""Turns, compared with a slower implementation of SPEC 2b, and their digests."""
 
 import time
 
@@ -14,7 +14,7 @@ MARKERS = TurnMarkers(start=(USER,), end=(ASSISTANT,))
 
 
 def described(tokens, markers):
-    """As the specification words it, position by position."""
+    """Turns as the specification describes them, position by position."""
     count, start, end = len(tokens), list(markers.start), list(markers.end)
     starts, position = [], 0
     while position < count:
@@ -108,5 +108,5 @@ def test_a_hostile_prompt_takes_time_in_proportion_to_its_length(hostile):
     turns = find_turns(hostile, TurnMarkers((USER, 7), (ASSISTANT, 8)))
     digests = turn_digests(hostile, turns)
     assert len(set(digests)) == len(turns)
-    # 20 ms; the quadratic way takes seconds.
+    # This takes 20 ms; a quadratic scan takes seconds.
     assert time.perf_counter() - begin < 0.5

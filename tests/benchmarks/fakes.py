@@ -12,7 +12,7 @@ ANSWER = 7
 
 
 class FakeVariant:
-    """Answers with equal tokens. Prompts wait for a second, and one more for each prompt before them."""
+    """Answers with equal tokens. A prompt waits one second, plus one for each prompt before it in the call."""
 
     def __init__(self, name: str = "base", few: tuple[str, ...] = ()) -> None:
         self.name, self.few, self.adapters = name, few, tuple(f"whole {one}" for one in few)

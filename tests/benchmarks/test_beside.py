@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Steps of running requests beside a long prompt, on an engine that counts instead of computing."""
+"""Steps of running requests beside a long prompt, with a fake engine that computes nothing."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +15,7 @@ CHUNK, DECODE_S = 64, 0.5
 
 
 class FakeEngine:
-    """Each step gives a token to every request whose prompt is read. A prompt is read in chunks, a second each."""
+    """Each step gives a token to every request whose prompt is computed. It computes one chunk of a prompt, in 1 s."""
 
     def __init__(self) -> None:
         self.clock = 0.0

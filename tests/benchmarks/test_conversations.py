@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Conversations and shared documents: their prompts, and what becomes of the samples."""
+"""Conversations and shared documents: their prompts, and the records of their samples."""
 
 from typing import Any
 
@@ -36,7 +36,7 @@ def test_prompts_grow_by_answers_and_messages() -> None:
 
 def test_times_are_means_over_conversations_and_tokens_are_those_not_cached() -> None:
     found = talk(FakeVariant(), TINY, 2, 3, ())
-    # The second of two waits a second longer than the first.
+    # The second of two prompts waits a second longer than the first.
     assert found.ttfts == [1.5] * 3
     lengths = [TINY.asked + number * TURN for number in range(3)]
     cached = [0, *((length + TINY.answered - 1) // BLOCK * BLOCK for length in lengths[:2])]
@@ -52,7 +52,7 @@ def test_every_repeat_has_new_contents() -> None:
     assert two["ttft_sum_ms"] == pytest.approx(4500)
     assert two["ttft_last_ms"] == pytest.approx(1500)
     assert two["ttft_ms_by_turn"] == [1500] * 3
-    # Nothing of a repeat is cached for the next one.
+    # No repeat reuses the cache of another one.
     assert len(set(two["computed_tokens_all"])) == 1
     assert two["computed_tokens"] == 2 * one["computed_tokens"]
     assert all(requests == ["a", "b"] for _, requests in variant.calls)

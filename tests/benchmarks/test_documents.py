@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pages' benchmark commands: those that show results run, and those that measure are known to the parser."""
+"""The benchmark commands in the docs: those that show results run, and the parser accepts those that measure."""
 
 from pathlib import Path
 

@@ -62,13 +62,13 @@ def test_run_of_a_tiny_model(tmp_path: Path):
     check_reuse(content["results"])
     for record in content["results"]:
         for name, value in record.items():
-            # A short run's prefill may outlast the whole answer's, so single samples of a step mean nothing.
+            # In a short run, a prefill may take longer than a whole answer, so single step samples mean nothing.
             if name in POSITIVE:
                 assert value > 0, record
 
 
 def check_reuse(results: list[dict[str, Any]]) -> None:
-    """Turns and documents are computed again by those alone who cannot reuse them."""
+    """Only variants that cannot reuse turns or documents compute them again."""
     computed: dict[tuple[Any, ...], dict[str, float]] = {}
     for record in results:
         if record["workload"] in ("conversations", "documents"):

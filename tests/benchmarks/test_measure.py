@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes that measure side by side."""
+"""Processes that measure at the same time."""
 
 import sys
 from concurrent.futures import ThreadPoolExecutor

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of made-up results."""
+"""Plots of made-up results."""
 
 import importlib.util
 from pathlib import Path

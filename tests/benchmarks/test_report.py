@@ -22,7 +22,7 @@ def test_ratios_are_to_the_base_model_at_the_same_point():
     records = [step("base", 1, 6.0), step("base", 256, 24.0), step("parade", 1, 6.3), step("lora", 256, 30.0)]
     head, _, *rows = cells(table("decode", records))
     assert head[:5] == ["batch", "length", "variant", "step_ms", "ratio"]
-    # What belongs to one point stands together.
+    # Rows of the same point are adjacent.
     assert [row[:5] for row in rows] == [
         ["1", "274", "base", "6.000", "1.000"],
         ["1", "274", "parade", "6.300", "1.050"],
@@ -44,7 +44,7 @@ def test_memory_beside_tables_and_slots():
     compared = with_beside([base, parade])[1]
     assert compared["beside_mib"] == pytest.approx(50.0)
     assert compared["allocated_beside_mib"] == pytest.approx(20.0)
-    # Side by side, the device's memory belongs to several engines.
+    # If engines run side by side, the device's memory is that of several engines.
     shared = [{name: value for name, value in record.items() if name != "peak_mib"} for record in (base, parade)]
     assert with_beside(shared)[1] == {**shared[1], "allocated_beside_mib": pytest.approx(20.0)}
     without_gpu = [{**record, "peak_mib": None, "allocated_mib": None} for record in (base, parade)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A recorded trace as the client replays it."""
+"""The client's replay of a recorded trace."""
 
 import json
 from pathlib import Path

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What workloads make of samples and adapters."""
+"""The workloads' statistics of samples, and the popularity of adapters."""
 
 import pytest
 

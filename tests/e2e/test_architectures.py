@@ -1,4 +1,4 @@
-"""Every architecture that startup lets in, as a random model of three layers: exact."""
+"""Every architecture that startup accepts is exact, as a random model of three layers."""
 
 from itertools import cycle
 from pathlib import Path
@@ -21,7 +21,7 @@ def test_exact(architecture: str, tmp_path: Path) -> None:
 
     assert architecture in ARCHITECTURES
     model = str(tmp_path / "model")
-    # Biases and norms start as zeros and ones, where a fault would not show.
+    # Random biases and norms: zeros and ones would hide an error.
     shape = make_tiny_model(tmp_path / "model", architecture, one_dimensional=0.2)
     a = make_adapter(tmp_path / "a", shape, 1, inner=INNER)
     five = make_adapter(tmp_path / "five", shape, 2, inner=INNER, sites=SITES, generator_input="attention_input")

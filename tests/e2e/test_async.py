@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The server's engine, `AsyncLLM`: all kinds of requests at once, clients that go away, and what is refused."""
+"""The server's engine, `AsyncLLM`: all kinds of requests at once, disconnecting clients and rejected requests."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -20,13 +20,13 @@ pytestmark = pytest.mark.engine
 
 @pytest.fixture
 def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Of an engine whose core is a process of its own."""
+    """Options of an engine whose core runs in its own process."""
     use_processes(tmp_path, monkeypatch)
     return {**DEFAULTS, "enable_parade": True, "skip_tokenizer_init": True, "max_num_seqs": 8, "max_parade_rank": 32}
 
 
 async def answer(llm: Any, name: str, prompt: Any, params: Any, request: ParadeRequest | None, most: int = 99) -> Any:
-    """The last of a request's outputs; its client goes away when there are `most` tokens."""
+    """Return a request's last output. The client disconnects after `most` tokens."""
     async with aclosing(llm.generate(prompt, params, name, lora_request=request)) as outputs:
         async for output in outputs:
             if len(output.outputs[0].token_ids) >= most:
@@ -46,9 +46,9 @@ async def refuse_parts(llm: Any, request: Any) -> None:
 
 
 async def serve(options: dict[str, Any], requests: list[ParadeRequest | None]) -> dict[str, list[Any]]:
-    """Twice the same: greedy answers, some with their prompts' candidates.
+    """Ask for the same greedy answers twice, half of them with prompt candidates.
 
-    Beside them clients that go away, and one that is refused.
+    Meanwhile some clients disconnect, and one request is rejected.
     """
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM

@@ -1,4 +1,4 @@
-"""A bad adapter or request in a running engine: a clear exception for that call, and nothing else disturbed."""
+"""A bad adapter or request raises a clear exception for its call. The engine and other requests are not affected."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -26,14 +26,14 @@ HOST = 3
 @pytest.fixture(scope="module")
 def llm(tiny: str) -> Iterator[Any]:
     options = {"max_parades": 2, "max_cpu_parades": HOST, "max_parade_rank": 16}
-    # Beam search asks for a tokenizer.
+    # Beam search needs a tokenizer.
     with engine(tiny, enable_parade=True, max_num_batched_tokens=STEP_TOKENS, max_num_seqs=8, **options) as llm:
         yield llm
 
 
 @pytest.fixture(scope="module")
 def few(tiny_shape: BaseModelShape, tmp_path_factory: pytest.TempPathFactory) -> list[ParadeRequest]:
-    """Good adapters, one more than twice what host memory holds; small."""
+    """Small valid adapters, one more than twice the number that host memory holds."""
     folder = tmp_path_factory.mktemp("few")
     return [make_adapter(folder / f"t{i}", tiny_shape, i, inner=INNER) for i in range(2 * HOST + 1)]
 
@@ -101,7 +101,7 @@ def test_bad_adapter_disturbs_nobody(
     for _ in range(2):
         llm.llm_engine.step()
     held = set(manager(llm).slots.host)
-    # A good request of the same call goes with it.
+    # The whole call fails, its valid requests included.
     with pytest.raises(VLLMValidationError, match=f"adapter 'bad': .*{message}"):
         llm.generate(tiny_prompts([9, 9, 9]), tiny_greedy(), parade_request=[few[0], bad, None], use_tqdm=False)
     assert set(manager(llm).slots.host) == held
@@ -114,7 +114,7 @@ def test_bad_adapter_disturbs_nobody(
 
 
 def test_more_adapters_at_once_than_host_memory_holds(llm: Any, tiny_oracle: Oracle, few: list[ParadeRequest]) -> None:
-    """Requests that find no room wait until others have ended, however long their answers are."""
+    """Requests whose adapter finds no room wait until others finish, whatever the length of their answers."""
     asked: list[ParadeRequest | None] = [*few, None, *reversed(few)]
     params = [tiny_greedy(2 + 3 * (number % 4)) for number in range(len(asked))]
     most = []
@@ -126,7 +126,7 @@ def test_more_adapters_at_once_than_host_memory_holds(llm: Any, tiny_oracle: Ora
 
 
 def record_held(llm: Any, held: list[int]) -> None:
-    """Note how many adapters host memory holds at every step."""
+    """Record how many adapters host memory holds after every step."""
     engine, step = llm.llm_engine, llm.llm_engine.step
 
     def recorded() -> Any:

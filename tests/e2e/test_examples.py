@@ -17,7 +17,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 def test_offline(smollm: str) -> None:
     (text,) = texts("README.md", "tests/e2e/test_examples.py::test_offline", "bash")
     ((_, *words),) = commands(text)
-    # One process, and nothing compiled: other tests start engines with workers, and compile.
+    # One process without compilation: other tests cover worker processes and compilation.
     quick = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCHDYNAMO_DISABLE": "1"}
     done = subprocess.run(
         [sys.executable, *words],

@@ -1,5 +1,7 @@
-"""Two ranks, each with a part of every layer; and two stages, each with a part of the layers and a step under way in
-both: planned before the last one has answered."""
+"""Tensor parallelism with two ranks, and pipeline parallelism with two stages.
+
+With two stages, a step is planned before the previous one has answered.
+"""
 
 from itertools import cycle, islice
 from pathlib import Path
@@ -21,7 +23,7 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.device_count() < 2, reason="needs two GPUs, or none"),
 ]
 
-# Too few rows, slots, tokens and blocks: requests wait, are preempted, and take over rows of those that have ended.
+# Few rows, slots, tokens and blocks: requests wait, are preempted and reuse rows of finished requests.
 TIGHT: dict[str, Any] = {
     "pipeline_parallel_size": 2,
     "enable_parade": True,
@@ -46,7 +48,7 @@ def adapters(tiny: str, tmp_path: Path) -> list[ParadeRequest]:
         "plain": {},
         "five": {"sites": SITES, "r": 8, "num_capsules": 2},
         "attention": {"generator_input": "attention_input"},
-        # The first of the second stage, and none of the first.
+        # Adjusts the first layer of the second stage, and no layer of the first stage.
         "last_layer": {"layers_to_transform": (2,), "sites": ("q", "v")},
         "turns": MARKERS,
     }
@@ -62,7 +64,7 @@ def processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def check(model: str, lengths: list[int], tokens: int, adapters: list[ParadeRequest], **options: Any) -> None:
-    """Every prompt twice, so that its vectors may be there already, or on their way."""
+    """Ask each prompt twice: the second request may find vectors that are cached or just being generated."""
     asked = [prompt for prompt in marked_prompts(lengths) for _ in range(2)]
     users = islice(cycle([*adapters, None]), len(lengths))
     requests = [user for user in users for _ in range(2)]
@@ -76,8 +78,8 @@ def check(model: str, lengths: list[int], tokens: int, adapters: list[ParadeRequ
 
 def test_two_stages(tiny: str, adapters: list[ParadeRequest]) -> None:
     lengths = [1, 2, 17, 34, 55, 89, 120, 100, 31, 32, 65, 48, 7, 80]
-    # vLLM's CPU worker makes the buffers that a later stage receives into when it warms up: for compiled models only.
-    # PyTorch leaves this one as it is.
+    # vLLM's CPU worker allocates a later stage's receive buffers at warm-up, and warms up compiled models only. The
+    # "eager" backend leaves the model unchanged.
     compiled = {"enforce_eager": False, "compilation_config": {"mode": "DYNAMO_TRACE_ONCE", "backend": "eager"}}
     check(tiny, lengths, 30, adapters, num_gpu_blocks_override=16, **compiled)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was computed for a prompt under an adapter serves the next request for the same, and nobody else."""
+"""Vectors and KV blocks are reused by requests with the same instruction and adapter, and by no others."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -18,14 +18,14 @@ BLOCK = 32
 
 @pytest.fixture(scope="module")
 def llm(tiny: str) -> Iterator[Any]:
-    # One running request and one spare row.
+    # Two running requests and one spare row.
     with tiny_engine(tiny, max_num_seqs=2, parade_vector_cache=1, block_size=BLOCK) as llm:
         yield llm
 
 
 @pytest.fixture
 def scheduled(llm: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Tokens of every step from here on, for an engine that starts with nothing cached."""
+    """Empty the engine's caches, then record the number of scheduled tokens of every step."""
     assert llm.reset_prefix_cache()
     mine, steps = scheduler(llm), []
     original = mine.schedule
@@ -45,12 +45,12 @@ def counts(llm: Any) -> tuple[int, int, int]:
 
 
 def since(llm: Any, before: tuple[int, int, int]) -> tuple[int, ...]:
-    """Hits, misses and evictions since then."""
+    """Hits, misses and evictions since `before`."""
     return tuple(now - then for now, then in zip(counts(llm), before, strict=True))
 
 
 def metrics(llm: Any) -> list[int]:
-    """Hits, misses and evictions, as vLLM's metrics tell them."""
+    """Hits, misses and evictions from vLLM's metrics."""
     values = {metric.name: metric.value for metric in llm.get_metrics() if "parade" in metric.name}
     return [values[f"vllm:parade_row_{name}"] for name in ("hits", "misses", "evictions")]
 
@@ -70,7 +70,7 @@ def test_a_second_identical_request_reads_almost_nothing(
 def test_a_second_turn_with_the_same_instruction(
     llm: Any, tiny_oracle: Oracle, tiny_variants: dict[str, ParadeRequest], scheduled: list[int]
 ) -> None:
-    """A system prompt as instruction: conversations that begin with it share its vectors, keys and values."""
+    """The instruction is a system prompt. Conversations that start with it share its vectors, keys and values."""
     strong = tiny_variants["strong"]
     request = ParadeRequest("system", strong.path, instruction_tokens=128)
     whole, before = tiny_prompts([200], seed=21)[0]["prompt_token_ids"], counts(llm)
@@ -85,7 +85,7 @@ def test_a_second_turn_with_the_same_instruction(
 def test_an_evicted_row_is_read_again_whole(
     llm: Any, tiny_oracle: Oracle, tiny_variants: dict[str, ParadeRequest], scheduled: list[int]
 ) -> None:
-    """Its keys and values are still cached, but without the row they count for nothing."""
+    """Its keys and values are still cached, but they are not reused without the row."""
     a, b = tiny_variants["strong"], tiny_variants["strong2"]
     questions, before = tiny_prompts([100, 40, 41, 42], seed=23), counts(llm)
     for question, request in zip([*questions, questions[0]], [a, b, b, b, a], strict=True):
@@ -100,7 +100,7 @@ def test_an_evicted_row_is_read_again_whole(
 def test_answers_to_one_prompt_cost_one_prefill(
     llm: Any, tiny_variants: dict[str, ParadeRequest], scheduled: list[int]
 ) -> None:
-    """n = 8, two at a time."""
+    """n = 8, two running at a time."""
     before = counts(llm)
     params = SamplingParams(n=8, temperature=1.5, seed=3, max_tokens=4, ignore_eos=True, detokenize=False)
     (output,) = llm.generate(
@@ -108,7 +108,7 @@ def test_answers_to_one_prompt_cost_one_prefill(
     )
     assert len({tuple(completion.token_ids) for completion in output.outputs}) > 1
     assert since(llm, before) == (7, 1, 0)
-    # The prompt once; of the others' at most what follows its last full block, and every answer.
+    # The prompt once, for each other answer at most the tokens after the last full block, and the answers' tokens.
     assert sum(scheduled) <= 512 + 7 * BLOCK + 8 * 4
 
 
@@ -116,7 +116,7 @@ def test_answers_to_one_prompt_cost_one_prefill(
 def test_an_abort_gives_its_row_back(
     llm: Any, tiny_oracle: Oracle, tiny_variants: dict[str, ParadeRequest], scheduled: list[int], twins: bool
 ) -> None:
-    """More aborts than there are rows. The other request goes on, also where it held the same row."""
+    """There are more aborts than rows. The other request continues, even if it holds the same row."""
     strong, rows = tiny_variants["strong"], scheduler(llm).rows
     outputs: list[Any] = []
     for seed in range(26, 30):
@@ -129,7 +129,7 @@ def test_an_abort_gives_its_row_back(
         assert len(rows) == 1
         outputs += llm.wait_for_completion(use_tqdm=False)
         assert len(rows) == 0
-        # Asked again, the one that was aborted is answered from what it left behind.
+        # Sent again, the aborted request reuses its cached blocks.
         outputs += llm.generate(asked[1:], tiny_greedy(), parade_request=strong, use_tqdm=False)
         assert outputs[-1].num_cached_tokens >= BLOCK
     tiny_oracle.check(outputs, [strong] * 8)

@@ -22,7 +22,7 @@ def adapters(tiny_variants: dict[str, ParadeRequest], marked: list[ParadeRequest
 
 
 def runner(llm: Any) -> str:
-    """Class of the model runner, the base classes' module included."""
+    """The model runner's class and base classes, with their modules."""
     core = llm.llm_engine.engine_core.engine_core
     return repr(type(core.model_executor.driver_worker.worker.model_runner).__mro__)
 
@@ -44,7 +44,7 @@ def test_every_kind_of_adapter_in_one_batch(
 
 
 def test_equal_requests_share_rows_and_blocks(tiny: str, adapters: list[ParadeRequest]) -> None:
-    """Within one step and afterwards, beside other adapters with the same prompt."""
+    """They share within one step and later, beside requests with the same prompt under another adapter."""
     a, b = adapters[0], adapters[3]
     requests = [a, b, a, None, a, b]
     with engine(tiny, **OPTIONS, block_size=32) as llm:
@@ -75,7 +75,7 @@ def test_preempted_requests_come_again_as_new_ones(tiny: str, adapters: list[Par
 
 
 def test_a_conversation_goes_on(tiny: str, marked: list[ParadeRequest]) -> None:
-    """The last prompts have one or two new tokens, which V2 computes as it would decode them."""
+    """The last prompts have one or two new tokens, which V2 computes like decode tokens."""
     tokens = conversation(20, 40, 28, 20)
     whole = [tokens[:92], tokens, [*tokens, 500], [*tokens, 500, 501]]
     with engine(tiny, **OPTIONS, block_size=32, max_num_batched_tokens=64) as llm:

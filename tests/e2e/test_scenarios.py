@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random scenarios on a real engine that is short of everything: every answer is that of the request alone.
+"""Random scenarios on a real engine: every answer equals that of the same request alone.
 
-Requests with common prefixes, equal ones, several answers to one prompt, aborts, other adapters; few blocks, rows,
-slots and tokens a step. What a request answers alone is asked of an engine that caches nothing.
+The engine has few blocks, rows, slots and tokens a step. Requests share prefixes, repeat, ask for several answers, use
+different adapters and are aborted. The expected answers come from an engine that caches nothing.
 """
 
 from itertools import count, product
@@ -23,7 +23,7 @@ from vllm_parade.adapter import BaseModelShape
 pytestmark = pytest.mark.engine
 
 LENGTHS = (1, 20, 33, 64, 65, 90)
-# All of the prompt, or what many prompts have in common.
+# The whole prompt, or a prefix that many prompts share.
 INSTRUCTIONS = (None, 20)
 ANSWER = 6
 PLAIN = {"enable_parade": True, "skip_tokenizer_init": True, "max_cpu_parades": 8}
@@ -36,8 +36,8 @@ SHORT = {
     "max_parades": 2,
     "parade_vector_cache": 1,
 }
-# vLLM gives several answers to one prompt only where they could differ, and takes no temperature below this one: where
-# the best token is ahead by more than CLEAR in log-probability, none but that will ever be drawn.
+# vLLM allows n > 1 only with sampling, and no temperature below COLDEST. At that temperature, sampling always draws a
+# token that leads by more than CLEAR in log-probability.
 COLDEST, CLEAR = 0.01, 0.15
 ADD = st.tuples(st.just("add"), st.integers(0, 999), st.sampled_from([1, 1, 1, 3]))
 STEP = st.tuples(st.just("step"), st.integers(1, 4))
@@ -48,7 +48,7 @@ SCENARIO = st.lists(weighted({ADD: 20, STEP: 16, ABORT: 4, RESET: 1}), min_size=
 
 @pytest.fixture(scope="module")
 def pool(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[dict[str, Any], ParadeRequest | None]]:
-    """Prompts that begin alike, under the base model and under adapters."""
+    """Prompts with a common prefix, under the base model and under adapters."""
     folder, shape = (
         tmp_path_factory.mktemp("scenarios"),
         BaseModelShape.from_hf_config(AutoConfig.from_pretrained(tiny)),
@@ -68,7 +68,7 @@ def pool(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[dict
 
 @pytest.fixture(scope="module")
 def alone(tiny: str, pool: list[tuple[dict[str, Any], ParadeRequest | None]]) -> list[tuple[tuple[int, ...], bool]]:
-    """Answers of all requests of the pool, one at a time, and whether every token of it is a clear choice."""
+    """Each pool request's answer alone, and whether every token of it leads by more than CLEAR."""
     params = SamplingParams(temperature=0, max_tokens=ANSWER, ignore_eos=True, detokenize=False, logprobs=2)
     options = {"enable_prefix_caching": False, "parade_vector_cache": 0, "max_num_seqs": 1}
     with engine(tiny, **PLAIN, max_parades=8, **options) as llm:
@@ -76,7 +76,7 @@ def alone(tiny: str, pool: list[tuple[dict[str, Any], ParadeRequest | None]]) ->
             llm.generate([prompt], params, parade_request=request, use_tqdm=False)[0] for prompt, request in pool
         ]
     tokens = [tuple(answer.outputs[0].token_ids) for answer in answers]
-    # Else nothing would tell one request's answer from another's.
+    # With equal answers, the test would not notice one request's answer in place of another's.
     assert len(set(tokens)) > len(tokens) // 2
     best = [[sorted(value.logprob for value in step.values())[-2:] for step in a.outputs[0].logprobs] for a in answers]
     clear = [all(first - second > CLEAR for second, first in steps) for steps in best]
@@ -86,7 +86,7 @@ def alone(tiny: str, pool: list[tuple[dict[str, Any], ParadeRequest | None]]) ->
 
 @pytest.mark.parametrize(("examples", "least"), [(100, 1), pytest.param(1000, 100, marks=pytest.mark.nightly)])
 def test_every_answer_is_that_of_the_request_alone(tiny: str, pool: Any, alone: Any, examples: int, least: int) -> None:
-    """`least`: hits, misses and evictions that so many examples bring about."""
+    """`least`: hits, misses and evictions must each exceed this number."""
     names = count()
     with engine(tiny, **PLAIN, **SHORT) as llm:
         core = llm.llm_engine
@@ -94,7 +94,7 @@ def test_every_answer_is_that_of_the_request_alone(tiny: str, pool: Any, alone: 
         @settings(max_examples=examples, derandomize=True)
         @given(SCENARIO)
         def run(events: list[tuple[Any, ...]]) -> None:
-            # A scenario that failed has left requests behind, and whatever it cached.
+            # A failed scenario leaves requests and cached data behind.
             while core.has_unfinished_requests():
                 core.step()
             core.reset_prefix_cache()

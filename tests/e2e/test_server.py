@@ -1,4 +1,4 @@
-"""One real `vllm serve`, asked with the official client; and what the command says when it refuses to start."""
+"""A real `vllm serve`, queried with the official OpenAI client, and the command's output when it refuses to start."""
 
 import asyncio
 import json
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.engine
 HERE = "tests/e2e/test_server.py"
 BASE = "smollm"
 PARENT = "HuggingFaceTB/SmolLM2-135M-Instruct"
-# Tokens of a step: fewer than the model's length, so that a prompt can be too long for an adapter alone.
+# Smaller than the model's length, so that a prompt can be too long under an adapter but not under the base model.
 STEP_TOKENS = 128
 PROMPTS = {
     "sst2": sst2_prompt("a warm and funny film that never talks down to its audience ."),
@@ -41,13 +41,13 @@ PROMPTS = {
 
 @pytest.fixture(scope="module")
 def adapters(trained: dict[str, ParadeRequest], variants: dict[str, ParadeRequest]) -> dict[str, ParadeRequest]:
-    """The two trained ones, and one that changes its mind with every token that is added to an instruction."""
+    """The two trained adapters, and one whose vectors change with every token that is added to an instruction."""
     return {**trained, "last": variants["last"]}
 
 
 @pytest.fixture(scope="module")
 def url(smollm: str, adapters: dict[str, ParadeRequest], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The server of README's command, with more adapters and in float32."""
+    """The server that README's command starts, with more adapters and in float32."""
     text, _ = texts("README.md", f"{HERE}::test_the_request_of_the_readme", "bash")
     for given in ("adapters/mine", "examples/adapters/sst2"):
         text = text.replace(f"={given}", f"={adapters['sst2'].path}")
@@ -70,7 +70,7 @@ def client(url: str) -> Iterator[openai.OpenAI]:
 
 
 def ask_together(url: str, *questions: dict[str, Any]) -> list[Any]:
-    """Completions of all these, sent at once."""
+    """Send all questions at once and return their completions."""
 
     async def ask() -> list[Any]:
         async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120) as client:
@@ -94,7 +94,7 @@ def question(model: str, prompt: list[int], max_tokens: int = 8, **extra: Any) -
 
 
 def row_counts(url: str) -> dict[str, int]:
-    """Hits, misses and evictions of vector rows, as /metrics tells them."""
+    """Hits, misses and evictions of vector rows from /metrics."""
     with urllib.request.urlopen(f"{url}/metrics", timeout=30) as response:
         text = response.read().decode()
     pattern = rf'^vllm:parade_row_(\w+)_total{{engine="0",model_name="{BASE}"}} (\S+)$'
@@ -120,7 +120,7 @@ def chat(client: openai.OpenAI, model: str, prompt: str, **options: Any) -> Any:
 
 def test_adapters_and_the_base_model_together(url: str, oracle: Oracle, adapters: dict[str, ParadeRequest]) -> None:
     models = cycle([BASE, "sst2", "e2e", "last"])
-    # The base model's long prompts pass in chunks; an adapter's may fill a whole step.
+    # The base model's long prompts are computed in chunks; an adapter's prompt may fill a whole step.
     lengths = [200, 1, 16, 31, 150, STEP_TOKENS, 17, 5, 64, 90, 33, 100, 9, 2, STEP_TOKENS - 1, 48]
     asked = [question(next(models), prompt["prompt_token_ids"]) for prompt in prompts(lengths, seed=20)]
     answers = ask_together(url, *asked)
@@ -197,7 +197,7 @@ def test_beam_search_keeps_its_instruction(url: str, oracle: Oracle, adapters: d
 
 
 def test_metrics_count_rows(url: str) -> None:
-    """The first request is read by a generator, the second finds its row, the base model's needs none."""
+    """The first request is a miss and the second a hit. The base model's request counts nothing."""
     prompt = prompts([40], seed=24)[0]["prompt_token_ids"]
     seen = [row_counts(url)]
     for model in ("sst2", "sst2", BASE):
@@ -257,7 +257,7 @@ def test_prompt_longer_than_a_step(url: str, oracle: Oracle, trained: dict[str, 
     wanted = rf"prompt has {STEP_TOKENS + 1} tokens.*'sst2'.*at most {STEP_TOKENS}.*--max-num-batched-tokens"
     with pytest.raises(openai.BadRequestError, match=wanted):
         ask_together(url, question("sst2", long))
-    # The base model reads it in chunks, and the adapter answers what fits.
+    # The base model computes the long prompt in chunks. The adapter answers the prompt that fits.
     answers = ask_together(url, question(BASE, long), question("sst2", long[:-1]))
     oracle.check([completion_output(answer.choices[0]) for answer in answers], [None, trained["sst2"]])
 
@@ -282,7 +282,7 @@ def test_modules_without_enable_end_the_command_with_one_line(
 
 
 def assert_refused(done: Any, message: str) -> None:
-    """The message stands once, as the last line, and no traceback anywhere."""
+    """Check that the output has the message once, in its last line, and no traceback."""
     lines = done.stdout.strip().splitlines()
     assert done.returncode == 1, done.stdout
     assert message in lines[-1], done.stdout

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Speculative decoding: drafts change how many steps an answer takes, and no token of it."""
+"""Speculative decoding changes the number of steps of an answer, but none of its tokens."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -17,9 +17,9 @@ from vllm_parade.config import step_tokens
 pytestmark = pytest.mark.engine
 
 METHODS = {
-    # Tokens that followed the same two before.
+    # Drafts the tokens that followed the last one or two tokens earlier in the text.
     "ngram": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1},
-    # The base model as its own draft: a model of the same class, which must not be adjusted.
+    # The base model drafts for itself. The draft has the same class, but adapters must not adjust it.
     "draft_model": {"method": "draft_model", "num_speculative_tokens": 2},
 }
 
@@ -42,19 +42,19 @@ def accepted(llm: Any) -> float:
 def test_answers_are_the_oracles(
     llm: Any, tiny_oracle: Oracle, tiny_variants: dict[str, ParadeRequest], marked: list[ParadeRequest]
 ) -> None:
-    """Prompts of as many tokens as a decode step with drafts has, and of one, among them."""
+    """Some prompts have one token, or as many as a decode step with drafts."""
     questions = tiny_prompts([1, 3, 4, 20, 60, 2, 30, 100], seed=30)
-    # Something to look up.
+    # Repeated text, for the n-gram lookup.
     questions += [{"prompt_token_ids": question["prompt_token_ids"] * 3} for question in questions[3:6]]
     choice = [None, tiny_variants["strong"], tiny_variants["routing"]]
     requests = [choice[number % 3] for number in range(len(questions))]
-    # Conversations of two turns, each in a batch with the others.
+    # Conversations of two turns, in the same batch.
     questions += marked_prompts([40, 90, 300])
     requests += [marked[0], marked[1], marked[0]]
     before = accepted(llm)
     params, rule = tiny_greedy(24), None
     if llm.llm_engine.vllm_config.speculative_config.method == "ngram":
-        # Of four tokens, pairs come again soon: drafts out of the past are right now and then.
+        # With four allowed tokens, pairs repeat soon, so that some n-gram drafts are accepted.
         few = [7, 8, 9, 10]
         params, rule = tiny_greedy(24, allowed_token_ids=few), rules.allow(few)
     outputs = llm.generate(questions, params, parade_request=requests, use_tqdm=False)
@@ -63,7 +63,7 @@ def test_answers_are_the_oracles(
 
 
 def test_a_prompt_that_fills_a_step(llm: Any, tiny_oracle: Oracle, tiny_variants: dict[str, ParadeRequest]) -> None:
-    """Drafts take room of a step: what fits is answered, what does not is refused, and nobody waits for ever."""
+    """Drafts take tokens of a step. A prompt that fits is answered. A longer one is rejected instead of waiting."""
     most, strong = step_tokens(llm.llm_engine.vllm_config), tiny_variants["strong"]
     outputs = llm.generate(tiny_prompts([most], seed=31), tiny_greedy(), parade_request=strong, use_tqdm=False)
     tiny_oracle.check(outputs, [strong])

@@ -1,4 +1,4 @@
-"""Still exact when memory, steps and ranks are short."""
+"""Answers stay exact with few blocks, rows and slots, and with small steps."""
 
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ def test_base_prompts_in_chunks_beside_whole_instructions(
         record_steps(llm, steps)
         outputs = llm.generate(tiny_prompts(lengths), tiny_greedy(), parade_request=requests, use_tqdm=False)
     tiny_oracle.check(outputs, requests)
-    # The base model's prompt of 300 tokens was cut, PARADE's prompts of 128 were not.
+    # The base model's prompt of 300 tokens was split, PARADE's prompts of 128 were not.
     assert max(step.get("0", 0) for step in steps) < 300
     for number in (1, 3, 7):
         assert next(step[str(number)] for step in steps if str(number) in step) == 128
@@ -56,13 +56,13 @@ def test_preempted_requests_resume_exactly(
 
 
 def test_urgent_requests_overtake(tiny: str, tiny_oracle: Oracle, tiny_variants: dict[str, ParadeRequest]) -> None:
-    """Less urgent ones wait, and where blocks run short they are preempted, even those that came first."""
+    """Less urgent requests wait. If blocks run short they are preempted, even if they arrived first."""
     a, b = tiny_variants["strong"], tiny_variants["routing"]
     asked, requests, priorities = tiny_prompts([40, 50, 45, 55, 35, 48]), [a, None, b, a, b, None], [2, 2, 1, 0, 0, 1]
     steps: list[dict[str, int]] = []
     preempted: list[str] = []
     tight = {"num_gpu_blocks_override": 6, "block_size": 32, "max_num_batched_tokens": 64, "max_model_len": 128}
-    # No row to spare: whoever is preempted gives its own to the one that overtakes.
+    # No spare row: a preempted request's row goes to the request that overtakes it.
     few = {"max_num_seqs": 2, "parade_vector_cache": 0}
     with tiny_engine(tiny, scheduling_policy="priority", **few, **tight) as llm:
         record_steps(llm, steps)
@@ -101,7 +101,7 @@ def test_sixty_four_adapters_through_few_slots(
 ) -> None:
     kind = {"layers_to_transform": (0, 2), "inner": INNER}
     requests = [make_adapter(tmp_path / f"t{number}", tiny_shape, 100 + number, **kind) for number in range(64)]
-    # Back in another order: their slots were taken in between.
+    # Some adapters again in another order: others have taken their slots.
     again = requests[::-7]
     with tiny_engine(tiny, max_parades=4, max_cpu_parades=96) as llm:
         for lengths, asked in (([20] * 64, requests), ([9] * len(again), again)):
@@ -128,7 +128,7 @@ def test_compiled(tiny: str, tiny_oracle: Oracle, tiny_variants: dict[str, Parad
 def test_candidates_of_prompts_in_chunks(
     tiny: str, tiny_oracle: Oracle, tiny_variants: dict[str, ParadeRequest]
 ) -> None:
-    """A prompt is computed anew whatever is cached: whole where its vectors are to be made, else in chunks."""
+    """Prompt candidates are computed without the prefix cache: in one step if vectors are missing, else in chunks."""
     strong, step_tokens, block = tiny_variants["strong"], 256, 32
     part = ParadeRequest("part", strong.path, instruction_tokens=20)
     asked = tiny_prompts([150, 120, 150, 90], seed=60), [part, strong, None, tiny_variants["rank8"]]
@@ -136,19 +136,19 @@ def test_candidates_of_prompts_in_chunks(
     steps: list[dict[str, int]] = []
     with tiny_engine(tiny, block_size=block, max_num_seqs=8, max_num_batched_tokens=step_tokens) as llm:
         outputs, requests = answered_twice(llm, asked, params, block_size=block, cached=False)
-        # After requests that were not asked for them, too.
+        # Again after the same requests without prompt candidates.
         answered_twice(llm, asked, tiny_greedy(4), block_size=block)
         record_steps(llm, steps)
         outputs += llm.generate(asked[0], params, parade_request=asked[1], use_tqdm=False)
     tiny_oracle.check_candidates(outputs, requests + asked[1], 2)
     assert [output.num_cached_tokens for output in outputs[-4:]] == [0] * 4
-    # Two steps, of at most 256 tokens, read the four prompts: the second one was cut.
+    # Each step has at most 256 tokens, so the second prompt was split over two steps.
     second = [step[name] for step in steps for name in step if name.split("-")[0] == outputs[-3].request_id]
     assert second == [step_tokens - 150, 120 + 150 - step_tokens, 1, 1, 1]
 
 
 def record_preemptions(llm: Any, preempted: list[str]) -> None:
-    """Note the numbers of the requests that are preempted."""
+    """Record the numbers of preempted requests."""
     mine = scheduler(llm)
     original = mine._preempt_request
 

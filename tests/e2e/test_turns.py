@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Conversations under adapters that mark their turns: exact, and reused turn by turn."""
+"""Conversations under adapters that mark turns are exact, and are reused turn by turn."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -49,7 +49,7 @@ def following(output: Any, words: list[int]) -> list[int]:
 def test_conversations_beside_whole_prompts_and_the_base_model(
     llm: Any, tiny_oracle: Oracle, tiny_variants: dict[str, ParadeRequest], marked: list[ParadeRequest]
 ) -> None:
-    """Cold and in chunks, then cached, then a turn later."""
+    """Three rounds: cold and in chunks, then cached, then with one more turn."""
     whole = asked(conversation(0, 70), conversation(20, 30))
     prompts = asked(*CONVERSATIONS, *CONVERSATIONS, CONVERSATIONS[3]) + whole
     requests = [marked[(number + number // 6) % 3] for number in range(12)] + [
@@ -70,7 +70,7 @@ def test_conversations_beside_whole_prompts_and_the_base_model(
     later = asked(*(following(output, conversation(0, 9, seed=7)) for output in again[:12]))
     outputs = generate(llm, later, requests[:12])
     tiny_oracle.check(outputs, requests[:12])
-    # One instruction is read for each; of what came before, the last block alone is computed again.
+    # Each request reads one new instruction. Of its earlier tokens, only the last block is computed again.
     assert rows.misses == before + 12
     for output, earlier in zip(outputs, again, strict=False):
         known = len(earlier.prompt_token_ids) + ANSWER - 1
@@ -80,7 +80,10 @@ def test_conversations_beside_whole_prompts_and_the_base_model(
 def test_base_requests_share_what_precedes_the_first_turn(
     llm: Any, tiny_oracle: Oracle, marked: list[ParadeRequest]
 ) -> None:
-    """A document of 200 tokens: base requests, tenants and adapters share its six blocks, and nothing behind it."""
+    """Base requests and adapters share the six blocks of a document of 200 tokens, and nothing after them.
+
+    Requests with a cache salt share them only with requests of the same salt.
+    """
     assert llm.reset_prefix_cache()
     prompts = asked(*(conversation(200, *turns, seed=8) for turns in [(20,), (20,), (20,), (20, 5, 40), (20,)]))
     requests = [None, marked[0], marked[1], marked[0], None]
@@ -104,12 +107,12 @@ def test_a_row_that_was_evicted_is_read_again(llm: Any, tiny_oracle: Oracle, mar
     mine.rows.forget()
     (second,) = generate(llm, prompt, marked[0])
     tiny_oracle.check([first, second], [marked[0]] * 2)
-    # Without their vectors, turns are computed again from the second one's start, which is at a block's border.
+    # Turns without vectors are computed again from the second turn's start, which is at a block boundary.
     assert second.num_cached_tokens == 128
 
 
 def test_scoring_does_not_read_the_answer(llm: Any, tiny_oracle: Oracle, marked: list[ParadeRequest]) -> None:
-    """Log-probabilities of a continuation that is sent as prompt equal those of its tokens as they are generated."""
+    """An answer that is sent as part of a prompt has the same log-probabilities as when it was generated."""
     prompt = conversation(10, 20, seed=11)
     for request in marked[:2]:
         (answered,) = generate(llm, asked(prompt), request)
@@ -135,14 +138,14 @@ def test_several_answers_read_each_turn_once(llm: Any, tiny_oracle: Oracle, mark
     (output,) = llm.generate(asked(tokens), params, parade_request=marked[0], use_tqdm=False)
     assert len({tuple(one.token_ids) for one in output.outputs}) > 1
     assert rows.misses == before + 3
-    # One computes the prompt; each of the others its last block.
+    # One request computes the prompt. Each of the others computes its last block.
     assert sum(sum(step.values()) for step in steps) < len(tokens) + 3 * BLOCK + 4 * 6
     alone = generate(llm, asked(tokens), marked[0])
     tiny_oracle.check(alone, [marked[0]])
 
 
 def test_beam_search_equals_the_reference(llm: Any, tiny_oracle: Oracle, marked: list[ParadeRequest]) -> None:
-    """The beams' own start tokens open no turn."""
+    """Start tokens that a beam generates start no turn."""
     prompts = asked(CONVERSATIONS[1], CONVERSATIONS[4])
     params = BeamSearchParams(beam_width=3, max_tokens=6, ignore_eos=True)
     answers = llm.beam_search(prompts, params, parade_request=marked[0])
@@ -160,7 +163,7 @@ def test_beam_search_equals_the_reference(llm: Any, tiny_oracle: Oracle, marked:
 
 
 def test_a_hostile_prompt_costs_its_sender_alone(llm: Any, tiny_oracle: Oracle, marked: list[ParadeRequest]) -> None:
-    """300 turns of two tokens: a step reads one of them, and has room for everybody else."""
+    """A prompt has 300 turns of two tokens. Each step reads one of them and leaves room for other requests."""
     hostile, steps = [500, 501] * 300, []
     record_steps(llm, steps)
     prompts = asked(hostile, *CONVERSATIONS[:2], CONVERSATIONS[3])
@@ -172,7 +175,7 @@ def test_a_hostile_prompt_costs_its_sender_alone(llm: Any, tiny_oracle: Oracle, 
 
 
 def test_short_of_everything(tiny: str, tiny_oracle: Oracle, marked: list[ParadeRequest]) -> None:
-    """No row to spare, few blocks, small steps: requests are preempted between turns and inside them."""
+    """No spare row, few blocks, small steps: requests are preempted between turns and inside them."""
     preempted: list[str] = []
     few = {"max_num_seqs": 3, "parade_vector_cache": 0, "max_parades": 1, "num_gpu_blocks_override": 20}
     prompts = asked(*(conversation(10 * n, 20, 10 * n, 30, 9, 25, seed=n) for n in range(8)))

@@ -33,7 +33,7 @@ def test_padding_is_the_identity_whatever_stood_there(batch):
 
 
 def test_address_stays(batch):
-    """CUDA graphs replay it."""
+    """CUDA graphs replay with the captured address."""
     address = batch.token_rows.data_ptr()
     batch.prepare([1, 2], [4, 4], [])
     batch.clear()
@@ -62,7 +62,7 @@ def test_long_instructions_are_cut_into_tiles():
 
 
 def test_the_base_model_alone_costs_one_copy_at_most(batch):
-    """None where nothing has to be taken back."""
+    """There is no copy if nothing has to be reset."""
     batch.prepare([2, 0], [4, 1], [GeneratorJob(row=2, start=0, length=4, slot=0, layout=LAYOUT)])
     batch.prepare([0], [1], [])
     assert batch.token_rows.tolist() == [0] * 8

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hooks of a decoder layer, on a hand-made model with the modules of vLLM's and nothing else.
+"""Hooks of a decoder layer, on a hand-made model that has only the modules of vLLM's layers.
 
-Longer than 300 lines, since all of it needs that model."""
+Longer than 300 lines, because all tests need that model."""
 
 import re
 from pathlib import Path
@@ -58,7 +58,7 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Returns what it is asked to attend with."""
+    """Returns its inputs, concatenated."""
 
     def forward(self, query, key, value):
         return torch.cat([query, key, value], dim=1)
@@ -91,7 +91,7 @@ def make_model():
 
 
 class Adjusted:
-    """A model with hooks, and its twin without."""
+    """A model with hooks, and an equal model without."""
 
     def __init__(self, sites=("q", "v", "up")):
         self.model, self.plain = make_model(), make_model()
@@ -159,7 +159,7 @@ def expected_vector(adapter, layer, instruction):
 
 @pytest.mark.parametrize("with_residual", [False, True])
 def test_base_rows_are_bit_identical(with_residual):
-    """Also in a batch with others, and though other rows hold NaN."""
+    """Also in a batch with other rows, which hold NaN."""
     adjusted = Adjusted()
     for layer in adjusted.layers:
         layer.table[1:] = torch.nan
@@ -238,7 +238,7 @@ def test_an_instruction_writes_its_row_before_it_is_scaled(generator_input, with
 
 
 def test_instructions_of_several_adapters_pass_together():
-    """Two of one adapter, of different lengths, and one of another pooler and rank."""
+    """Two of one adapter, with different lengths, and one of an adapter with another pooler and activation."""
     adjusted = Adjusted()
     first, second = make_adapter(0), make_adapter(1, pooler="last_token", activation="tanh")
     adjusted.activate(first)
@@ -269,7 +269,7 @@ def test_later_steps_keep_the_row():
 
 
 def test_a_layer_without_generator_takes_the_row_back_to_one():
-    """Else it would scale by what the row's former owner left there."""
+    """Otherwise it would scale by the vector of the row's previous instruction."""
     adjusted, adapter = Adjusted(), make_adapter(layers_to_transform=(0,))
     adjusted.activate(adapter)
     adjusted.layers[1].table[1] = 7
@@ -279,7 +279,7 @@ def test_a_layer_without_generator_takes_the_row_back_to_one():
 
 
 def test_parameters_keep_their_names():
-    """Weights can be loaded again, and a twin of the same classes stays clean."""
+    """So weights can be loaded again. Another model of the same classes gets no hooks."""
     adjusted = Adjusted()
     assert list(adjusted.model.state_dict()) == list(adjusted.plain.state_dict())
     assert not adjusted.plain.layers[0].input_layernorm._forward_hooks
@@ -305,7 +305,7 @@ class TestCompileCache:
             traced.add(Path(translator.f_code.co_filename))
             return inline_call(translator)
 
-        # As vLLM does, to know what it compiles.
+        # vLLM records the compiled code in the same way.
         monkeypatch.setattr(InliningInstructionTranslator, "inline_call_", recorded)
         adjusted = Adjusted(("q", "k", "v", "gate", "up"))
         hooks = [hook for module in adjusted.model.modules() for hook in module._forward_hooks.values()]
@@ -318,7 +318,7 @@ class TestCompileCache:
         assert ours <= set(traced_files())
 
     def test_the_key_covers_what_registers_hooks_buffers_and_ops(self):
-        """The tuner's hooks are on Hugging Face models."""
+        """Except the tuner, whose hooks are on Hugging Face models."""
         calls = re.compile(r"\b(register_forward_(pre_)?hook|register_buffer|direct_register_custom_op)\(")
         sources = [path for path in self.PACKAGE.rglob("*.py") if path.parent.name != "tuner"]
         registering = {path for path in sources if calls.search(path.read_text(encoding="utf-8"))}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each rank of a tensor parallel group holds, against the whole model's vector."""
+"""The shards of each tensor parallel rank, compared with the whole model's vector."""
 
 from types import SimpleNamespace
 
@@ -19,7 +19,7 @@ def model_shape(kv_heads):
 
 
 def rank_shards(rank, ranks, kv_heads):
-    """As vLLM's QKVParallelLinear and MergedColumnParallelLinear describe themselves."""
+    """Shards from the attributes of vLLM's QKVParallelLinear and MergedColumnParallelLinear."""
     qkv = SimpleNamespace(
         num_heads=HEADS // ranks,
         num_kv_heads=max(kv_heads // ranks, 1),
@@ -34,7 +34,7 @@ def rank_shards(rank, ranks, kv_heads):
 
 
 def spans(shards):
-    """Entries of the whole model's vector of a site that one shard holds."""
+    """Entries of a site's whole-model vector that one shard holds."""
     return list(range(shards.model_start, shards.model_start + shards.width))
 
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Break the package in known ways, one at a time, and check that the tests named for each fail.
+"""Break the package in known ways, one at a time, and check that the tests named for each mutation fail.
 
     python -m tests.mutations            # all of them, in about five minutes
     python -m tests.mutations "wrong row"
 
-The package is broken in a copy. Exit code 1 if a mutation survives its tests.
+Mutations are applied to a copy of the project. The exit code is 1 if a mutation survives its tests.
 """
 
 import os
@@ -27,7 +27,7 @@ def run_tests(tree: Path, tests: tuple[str, ...]) -> subprocess.CompletedProcess
 
 
 def is_caught(tree: Path, mutation: Mutation) -> bool:
-    """Whether the tests fail on the broken package; what they say is printed."""
+    """Whether the tests fail on the broken package; prints the last line of their output."""
     file = tree / mutation.file
     intact = file.read_text(encoding="utf-8")
     assert intact.count(mutation.before) == 1, f"{mutation.name}: {mutation.file} has changed; update the mutation"
@@ -37,7 +37,7 @@ def is_caught(tree: Path, mutation: Mutation) -> bool:
     finally:
         file.write_text(intact, encoding="utf-8")
     last = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else done.stderr[-200:]
-    # 1: tests failed. Anything else, such as 2 (interrupted) or 4 (no such test), shows nothing.
+    # Only code 1 means that tests failed; 2 (interrupted) or 4 (no such test) prove nothing.
     print(f"{'caught' if done.returncode == 1 else 'SURVIVED'}: {mutation.name} ({last})", flush=True)
     return done.returncode == 1
 

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ways to break the package, each with the tests that must notice it."""
+"""Mutations of the package, each with the tests that must catch it."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Mutation:
-    """One change of one file."""
+    """One change in one file."""
 
     name: str
     file: str
     before: str
-    """Text that stands once in the file."""
+    """Text that occurs exactly once in the file."""
     after: str
     tests: tuple[str, ...]
     """Arguments of pytest; at least one of these tests must fail."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels give what the reference gives. Runs on a GPU, or on the CPU under Triton's interpreter."""
+"""The kernels match the reference. Runs on a GPU, or on the CPU under Triton's interpreter."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def random_generator(config: AdapterConfig, seed: int, dtype: torch.dtype) -> Ge
 
 
 def in_slots(weights, settings, dtype):
-    """Two layers a slot, the second with these generators, in slots larger than they need, amid NaN; and layouts."""
+    """Slots of two layers, the second with these generators, and their layouts. Unused entries of a slot are NaN."""
     layouts = [GeneratorLayout.of(config, HIDDEN, sum(WIDTHS.values())) for config in settings]
     packed = [
         PackedGenerators.pack(layout, [None, generator], dtype, pin=False)
@@ -53,14 +53,14 @@ def in_slots(weights, settings, dtype):
 
 
 def on_device(jobs, num_tokens, max_jobs=12):
-    """A step in a buffer that is full of other steps' numbers."""
+    """A step in a buffer that was filled with stale numbers."""
     step = GeneratorStep.in_buffer(torch.full((step_size(num_tokens, max_jobs),), 7, dtype=torch.int32), max_jobs)
     step.fill(jobs)
     return GeneratorStep(*(tensor.to(DEVICE) for tensor in vars(step).values()))
 
 
 def run_both(lengths, configs, dtype, *, gap=3, num_rows=None, strided=False):
-    """Rows by the kernels and by the reference, with foreign tokens between the instructions."""
+    """Tables of the kernels and of the reference, with `gap` other tokens between the instructions."""
     from vllm_parade.ops import generate
 
     random = torch.Generator().manual_seed(0)
@@ -101,7 +101,7 @@ def test_adapters_of_every_kind_in_one_launch(dtype):
 
 
 def test_long_instruction():
-    # Past one block of tokens of the pooling kernel, whatever the size of a capsule.
+    # Longer than one token block of the pooling kernel, for every capsule size.
     table, wanted = run_both([2200], [{"r": 4, "num_capsules": 4}], torch.float32)
     torch.testing.assert_close(table, wanted, atol=2e-5, rtol=2e-5, equal_nan=True)
 
@@ -117,7 +117,7 @@ def test_more_instructions_than_programs():
 
 
 def generate_with(weights, jobs_of):
-    """Rows of the table as they were, and as a layer with these weights leaves them."""
+    """The table before and after a layer with these weights runs."""
     from vllm_parade.ops import generate
 
     flat, layouts = in_slots([weights], [AdapterConfig(sites=tuple(WIDTHS))], torch.float32)

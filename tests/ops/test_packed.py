@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Generators in one flat tensor come back as they were."""
+"""Generators are unchanged after a round trip through one flat tensor."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ WIDTH = SHAPE.output_width(SITES)
 
 
 def pack(seeds, dtype=torch.float32, **options):
-    """Layers of random numbers, None where the seed is, and the same packed."""
+    """Layers with random weights (None where the seed is None), and the same layers packed."""
     config = AdapterConfig(sites=SITES, **options)
     layers = []
     for seed in seeds:

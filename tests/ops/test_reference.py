@@ -44,7 +44,7 @@ def dot(left, right):
 
 
 def by_hand(prompt, weights, pooler, activation):
-    """One prompt [T, d] in Python's floats, sentence by sentence as the paper has it."""
+    """The vector of one prompt [T, d] in Python floats, step by step as in the paper."""
     down, up, bias = (weights[name].tolist() for name in ("down", "up", "bias"))
     projected = [[dot(row, token) for row in down] for token in prompt.tolist()]
     if pooler == "last_token":

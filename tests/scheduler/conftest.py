@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's real scheduler with PARADE mixed in, and in place of the model an answer of one token a request and step."""
+"""vLLM's real scheduler with PARADE. A fake model answers one token per request and step."""
 
 import inspect
 import textwrap
@@ -24,20 +24,20 @@ from vllm_parade.request import EXTRA_ARGS_KEY, PLAN_ATTRIBUTE, Conversation, In
 from vllm_parade.scheduler import ParadeAsyncScheduler, ParadeScheduler
 
 BLOCK = 4
-# The token that stands for every answer, and those that mark a turn.
+# The token of every answer, and the tokens that start a turn and end its instruction.
 ANSWER, USER, ASSISTANT = 7, 1, 2
 MARKERS = TurnMarkers(start=(USER,), end=(ASSISTANT,))
 
 
 SCHEDULE = inspect.getsource(vllm_scheduler.Scheduler.schedule)
-# Where the waiting queue of vLLM 0.32 stops at a request that finds no room.
+# Here vLLM 0.32 stops its waiting queue at a request that does not fit.
 STOP = "== 0:\n                        # The request cannot be scheduled.\n                        break"
 OVERTAKES = STOP not in SCHEDULE
-"""Whether waiting requests pass one that finds no room, as in vLLM 0.33."""
+"""Whether waiting requests pass one that does not fit, as in vLLM 0.33."""
 
 
 def with_overtaking(scheduler_class):
-    """A scheduler class with the waiting queue of vLLM 0.33; on 0.32 vLLM's source is edited for it."""
+    """Return a scheduler class with vLLM 0.33's waiting queue. On 0.32 this edits vLLM's source."""
     if OVERTAKES:
         return scheduler_class
     source = SCHEDULE.replace(
@@ -53,14 +53,14 @@ def with_overtaking(scheduler_class):
 
 @dataclass
 class Engine:
-    """Requests have one-letter names. Steps are compared with tables, whose lines say what a step did and left."""
+    """A scheduler with a fake model. Requests have one-letter names; a table has one line per step (see `step`)."""
 
     scheduler: ParadeScheduler
     in_flight: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = field(default_factory=deque)
     pipeline: int = 0
-    """Steps that are planned before the first of them has run: stages but one, and asynchronous scheduling one more."""
+    """Steps planned before the first of them has run: stages - 1, plus one with asynchronous scheduling."""
     plan: StepPlan | None = None
-    """Of the last step."""
+    """The plan of the last step."""
 
     def add(
         self,
@@ -75,7 +75,7 @@ class Engine:
         salt="",
         **options,
     ):
-        """A request with a prompt of `prompt` tokens, under an adapter or none, which marks its turns or does not."""
+        """Add a request with a prompt of `prompt` tokens. `marked`: whether its adapter marks turns."""
         tokens = tokens or [ord(name)] * prompt
         extra = None
         if adapter is not None:
@@ -95,7 +95,7 @@ class Engine:
         self.scheduler.add_request(request)
 
     def step(self):
-        """One step, as a line of a table: scheduled tokens, running, waiting, rows, instructions that passed."""
+        """Run a step and return its table line: scheduled tokens, running, waiting, rows, requests that were read."""
         output = self.scheduler.schedule()
         self.plan = plan = getattr(output, PLAN_ATTRIBUTE)
         held = self.scheduler.rows.held
@@ -132,7 +132,7 @@ class Engine:
 
 @pytest.fixture
 def make_engine(tmp_path):
-    """A function that makes an `Engine`; `step_tokens` is what one step holds."""
+    """A function that makes an `Engine`. `step_tokens` is the token budget of a step."""
     from transformers import LlamaConfig
 
     config = LlamaConfig(
@@ -178,7 +178,7 @@ def make_engine(tmp_path):
             hash_block_size=BLOCK,
             log_stats=log_stats,
         )
-        # Both at once is for model runner V2, for which a request's next token waits until the stages are through.
+        # Stages with asynchronous scheduling need model runner V2: a request's next token waits for all stages.
         scheduler.use_v2_model_runner = stages > 1 and pipeline == stages
         return Engine(scheduler, pipeline=pipeline)
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which adapters read in a step, and which are to be copied for the next ones."""
+"""Which adapters read instructions in a step, and which are copied for the next steps."""
 
 
 def test_more_adapters_than_slots_take_turns(make_engine):
-    """4 slots: adapters that must be copied join a step while 2 of them are left. A second instruction of the same
-    adapter does not wait, nor do adapters that were copied while the step before ran, all 4 of them."""
+    """4 slots: a step admits at most 2 adapters that must be copied. A second instruction of the same adapter does not
+    wait. Adapters that were copied during the previous step do not wait either: all 4 read in one step."""
     engine = make_engine(step_tokens=99, max_num_seqs=99, max_parades=4)
     for name, adapter in zip("abcdef", "AABCDE", strict=True):
         engine.add(name, 2, adapter, max_tokens=1)
@@ -32,7 +32,10 @@ def test_one_slot_is_enough(make_engine):
 
 
 def test_plan_names_the_adapters_that_come_next(make_engine):
-    """4 slots, 2 instructions a step: first come first, no adapter twice, none that the step has or the base model."""
+    """4 slots, 2 instructions a step. Upcoming adapters are listed in order of arrival, each once.
+
+    Adapters of the step and the base model are left out.
+    """
     engine = make_engine(step_tokens=8, max_num_seqs=8, max_parades=4)
     for name, adapter in zip("abcdefgh", ["X", "X", "Y", None, "Z", "Y", "W", "V"], strict=True):
         engine.add(name, 4, adapter, max_tokens=1)
@@ -48,12 +51,12 @@ def test_what_finds_its_vectors_needs_no_adapter_soon(make_engine):
     for name in "abc":
         engine.add(name, 4, "X" if name < "c" else "Y", tokens=[1, 2, 3, 4], max_tokens=1)
     engine.step()
-    # b reads what a reads; c reads the same under another adapter.
+    # b has the instruction and adapter of a; c has the same instruction under another adapter.
     assert engine.plan.upcoming == {"Y": 1}
 
 
 def test_the_plan_says_where_each_adapter_is(make_engine):
-    """3 slots, an instruction a step. The adapter that has gone longest without being read or coming loses its slot."""
+    """3 slots, one instruction a step. The adapter that was least recently active or upcoming loses its slot."""
     engine = make_engine(step_tokens=4, max_parades=3)
     for name, adapter in zip("abcdefg", "XYZXWYX", strict=True):
         engine.add(name, 4, adapter, max_tokens=1)
@@ -64,7 +67,7 @@ def test_the_plan_says_where_each_adapter_is(make_engine):
     assert plans == [
         ({"X": 0}, {"Y": 1, "Z": 2}),
         ({"Y": 1}, {"Z": 2, "X": 0}),
-        # W takes the slot of Y, which was read before X was named as coming.
+        # W takes the slot of Y: Y was active before X became upcoming.
         ({"Z": 2}, {"X": 0, "W": 1}),
         ({"X": 0}, {"W": 1, "Y": 2}),
         ({"W": 1}, {"Y": 2, "X": 0}),
@@ -74,7 +77,7 @@ def test_the_plan_says_where_each_adapter_is(make_engine):
 
 
 def test_a_step_without_tokens_copies_nothing(make_engine):
-    """Workers pass over it, so what it would have copied would not be where later plans expect it."""
+    """Workers skip such a step, so later plans would miss the adapters that it should copy."""
     engine = make_engine(step_tokens=8, pipeline=1, max_num_seqs=1)
     engine.add("a", 4, "X", max_tokens=1)
     engine.step()
@@ -84,7 +87,7 @@ def test_a_step_without_tokens_copies_nothing(make_engine):
 
 
 def test_decoding_needs_no_slot(make_engine):
-    """1 slot, 3 adapters decoding together."""
+    """1 slot; requests of 3 adapters decode together."""
     engine = make_engine(max_parades=1)
     for name in "abc":
         engine.add(name, 2, name.upper())

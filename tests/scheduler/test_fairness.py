@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables of steps, as in test_steps, and crowds: nobody waits for ever, whatever the others do.
+"""Tables of steps, as in test_steps, and streams of requests: no request waits forever.
 
-vLLM 0.32 lets nobody pass a waiting request that does not fit; 0.33 lets everybody pass who does. Both must hold.
+In vLLM 0.32 no request passes a waiting one that does not fit. In 0.33 every request that fits passes it. The tests
+cover both.
 """
 
 import random
@@ -17,13 +18,13 @@ queues = pytest.mark.parametrize("overtaking", [False, True], ids=["in order", "
 
 
 def with_drafting(engine):
-    """Let every request of a step set one more token of the input aside, as for a draft model."""
+    """Let each scheduled request reserve one more token of the input, as for a draft model."""
     engine.scheduler.vllm_config.speculative_config = SimpleNamespace(max_num_new_slots_for_drafting=1)
     engine.scheduler.guard.drafting = 1
 
 
 def test_running_requests_make_room(make_engine):
-    """c needs all of a step's 8 tokens. After four steps without room a and b stop for one, and go on."""
+    """c needs all 8 tokens of a step. After four steps without room for c, a and b pause for one step."""
     engine = make_engine(step_tokens=8)
     engine.add("a", 2)
     engine.add("b", 2, "B")
@@ -40,7 +41,7 @@ def test_running_requests_make_room(make_engine):
 
 
 def test_running_requests_stop_only_as_far_as_they_must(make_engine):
-    """d leaves two of 8 tokens: a and b go on, base prompt c gets nothing of this step."""
+    """d leaves 2 of 8 tokens. a and b decode with them; base prompt c gets none in this step."""
     engine = make_engine(step_tokens=8)
     engine.add("a", 1)
     engine.add("b", 1)
@@ -58,7 +59,7 @@ def test_running_requests_stop_only_as_far_as_they_must(make_engine):
 
 
 def test_they_do_not_stop_for_one_that_lacks_something_else(make_engine):
-    """4 blocks of 4 tokens, of which a takes two: c needs three. Nobody makes room that c could not use."""
+    """Of 4 blocks of 4 tokens, a takes two and c needs three. a does not pause: c lacks blocks, not tokens."""
     engine = make_engine(step_tokens=12, blocks=5)
     engine.add("a", 5, max_tokens=10)
     engine.add("c", 10, "A")
@@ -67,7 +68,7 @@ def test_they_do_not_stop_for_one_that_lacks_something_else(make_engine):
 
 
 def test_room_for_drafting_is_made_too(make_engine):
-    """Each request of a step sets one more of its 8 tokens aside: beside c's 4 there is room for one of two others."""
+    """Each scheduled request reserves one more of the step's 8 tokens. Beside c, only one of a and b fits."""
     engine = make_engine(step_tokens=8)
     with_drafting(engine)
     engine.add("a", 1)
@@ -78,7 +79,7 @@ def test_room_for_drafting_is_made_too(make_engine):
 
 
 def test_drafting_can_leave_no_room_before_all_tokens_are_scheduled(make_engine):
-    """vLLM looks at no waiting request once the input's tokens are spent: here after 4 of 8 are scheduled."""
+    """vLLM considers no waiting request once the model's input is full: here after 4 of 8 tokens are scheduled."""
     engine = make_engine(step_tokens=8)
     with_drafting(engine)
     for name in "abcd":
@@ -90,7 +91,7 @@ def test_drafting_can_leave_no_room_before_all_tokens_are_scheduled(make_engine)
 
 
 def test_they_do_not_stop_for_one_that_finds_no_seat(make_engine):
-    """vLLM admits 2 of 4 requests that could run: a and b fill all steps until a ends, and then c has waited enough."""
+    """vLLM admits 2 of up to 4 requests. a and b fill all steps until a ends; then c has waited long enough to run."""
     engine = make_engine(step_tokens=8, max_num_active_seqs=2)
     engine.add("a", 2, max_tokens=8)
     engine.add("b", 99)
@@ -127,10 +128,10 @@ def test_an_aborted_request_is_waited_for_no_longer(make_engine):
 def test_a_long_instruction_in_a_stream_of_short_requests(
     make_engine, overtaking, stages, pipeline, seats, active, tokens, life
 ):
-    """Every step brings a new base request that would fit beside the running ones, which take 6 steps a stage, or 8
-    where their prompts are cut.
+    """A new base request arrives in every step and would fit beside the running ones.
 
-    With seats for all, four steps are the most that it waits; else it may have to wait for a seat besides.
+    Each of them runs for 6 steps per stage, or 8 if its prompt is split. With enough seats, the instruction waits at
+    most four steps. Otherwise it may also wait for a seat.
     """
     options = {"stages": stages, "pipeline": pipeline, "overtaking": overtaking, "max_num_active_seqs": active}
     engine = make_engine(step_tokens=16, max_num_seqs=seats, **options)
@@ -149,7 +150,7 @@ def test_a_long_instruction_in_a_stream_of_short_requests(
 
 @queues
 def test_streams_go_on_beside_long_instructions(make_engine, overtaking):
-    """Instructions that fill a step, one after the other, take no more than every fifth step from a running request."""
+    """Consecutive instructions that fill a step take at most every fifth step from a running request."""
     engine = make_engine(step_tokens=16, max_num_seqs=8, overtaking=overtaking)
     engine.add("a", 2, max_tokens=60)
     for number in range(8):
@@ -162,9 +163,9 @@ def test_streams_go_on_beside_long_instructions(make_engine, overtaking):
 
 @queues
 def test_a_crowd_with_favourites(make_engine, overtaking):
-    """120 requests under 30 adapters by Zipf's law, at once, 2 of them a step: who comes first starts first.
+    """120 requests arrive at once under 30 adapters (Zipf's law), with 2 slots. They start in order of arrival.
 
-    Where requests overtake, one may pass those that need a third adapter, but only in that step.
+    With overtaking, a request may pass those that need a third adapter, but only in that step.
     """
     engine = make_engine(step_tokens=32, max_num_seqs=8, max_parades=2, overtaking=overtaking)
     chance = random.Random(0)
@@ -189,5 +190,5 @@ def test_a_crowd_with_favourites(make_engine, overtaking):
     assert not engine.scheduler.requests
     if not (overtaking or OVERTAKES):
         assert not any(overtaken.values())
-    # Bounded: at most the seats of a step, for each step in which it was first in the queue.
+    # In each step in which a request is first in the queue, at most 8 others (the seats) pass it.
     assert max(overtaken.values()) <= 8 * (PATIENCE + 1)

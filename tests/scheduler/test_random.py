@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whatever happens, a request attends to its own keys and values, and is scaled by its own vectors.
+"""A request always attends to its own keys and values, and is scaled by its own vectors.
 
-The real scheduler drives a worker that computes nothing but remembers: what each row holds, and for each entry of the
-KV cache which tokens led to it under which vectors. Before every answer, what a request would read is compared with
-what it would have computed alone.
+The real scheduler drives a simulated worker. The worker records what each row holds, and the tokens and vectors that
+led to each KV-cache entry. Before every answer, it compares what a request would read with what the request would have
+computed alone.
 """
 
 from collections import deque
@@ -17,8 +17,8 @@ from tests.scheduler.conftest import ANSWER, ASSISTANT, BLOCK, USER
 from tests.strategies import weighted
 from vllm_parade.request import IDENTITY_ROW, PLAN_ATTRIBUTE, Conversation
 
-# Prompts share beginnings, so that equal requests meet: a system prompt, then turns that hold the answers which the
-# fake model gives. One has no end tokens, the last one is a row of start tokens.
+# Prompts share prefixes, so that equal requests occur: a system prompt, then turns with the fake model's answers. One
+# turn has no end token. The last tokens are start tokens only.
 TOKENS = [
     *(3, 1, 4, 3, 5),
     *(USER, 9, ASSISTANT, ANSWER, ANSWER),
@@ -60,14 +60,14 @@ DEPTH = st.sampled_from([{"stages": stages, "pipeline": stages - 1 + more} for s
 
 
 class Simulation:
-    """Vectors are (adapter and instruction, number of resets before they were made)."""
+    """The simulated worker. It represents vectors as (instruction key, number of resets before they were made)."""
 
     def __init__(self, engine):
         self.engine, self.scheduler = engine, engine.scheduler
         self.table = {IDENTITY_ROW: None}
         self.cache = {}
         self.resets = 0
-        # By request, the vectors of each turn that it has computed, or found computed, since it started or resumed.
+        # Per request, the vectors of each turn that it computed or found cached since it started or resumed.
         self.vectors = {}
         self.names = deque(f"r{number}" for number in range(1000))
 
@@ -94,7 +94,7 @@ class Simulation:
         self._forget_those_that_stopped()
         plan = getattr(output, PLAN_ATTRIBUTE)
         assert plan.slots.keys() == {reading.instruction.adapter for reading in plan.readings.values()}
-        # No copy that is made while the step runs goes into a slot that the step reads.
+        # Copies made during the step never go into a slot that the step uses.
         taken = [*plan.slots.values(), *plan.upcoming.values()]
         assert len(set(taken)) == len(taken) <= self.scheduler.slots.num_slots
         assert not plan.upcoming.keys() & plan.slots.keys()
@@ -147,7 +147,7 @@ def test_nobody_reads_what_is_anothers(make_engine, examples):
         simulation = Simulation(make_engine(**sizes, **depth))
         for event, *arguments in events:
             getattr(simulation, event)(*arguments)
-        # In the end everybody is served: nothing is stuck. With one seat, a token comes once the stages are through.
+        # All requests finish. With one seat, a token takes one step per stage.
         for _ in range(1000 * depth["stages"]):
             if not simulation.scheduler.requests:
                 break

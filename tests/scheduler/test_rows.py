@@ -104,7 +104,7 @@ def test_what_is_forgotten_is_kept_by_its_holders_alone(rows):
     assert rows.held("1") == [row]
     assert rows.allocate("3", A) != row
     rows.release("1")
-    # The old row is free, and the new one still that of A.
+    # The old row is free. The new row still belongs to A.
     assert {rows.allocate("4", B), rows.allocate("5", C)} == {1, 2, 3} - set(rows.held("3"))
 
 
@@ -113,8 +113,8 @@ EVENTS = st.tuples(st.sampled_from(["run", "leave", "forget"]), st.integers(0, 9
 
 @given(st.lists(EVENTS))
 def test_a_running_request_has_the_row_of_its_instruction(events):
-    """Whatever happens: 3 rows, at most 3 requests running; rows are equal where instructions are, since the last
-    reset, and never where they differ."""
+    """3 rows, at most 3 running requests. After any events, two requests share a row exactly if they have the same
+    instruction and no reset lies between them."""
     rows, running, era = RowCache(4), {}, 0
     for event, number, digest in events:
         name, key = str(number), ("adapter", str(digest))

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables of steps, as in test_steps: what requests with the same instruction under the same adapter share."""
+"""Tables of steps, as in test_steps: requests with the same instruction and adapter share rows and blocks."""
 
 TOKENS = list(range(13))
 
 
 def again(engine, name, adapter="C", **options):
-    """A request whose prompt is TOKENS."""
+    """Add a request whose prompt is TOKENS."""
     engine.add(name, 13, adapter, tokens=TOKENS, **options)
 
 
 def test_prefix_cache_counts_where_a_row_is(make_engine):
-    """b and d repeat the prompts of a and c: the last token must pass, and nobody's generator runs again."""
+    """b and d repeat the prompts of a and c. Only their last token is computed, and no generator runs."""
     engine = make_engine(step_tokens=64)
     again(engine, "a", adapter=None)
     again(engine, "c")
@@ -31,7 +31,7 @@ def test_a_row_outlives_its_request(make_engine):
 
 
 def test_prefix_cache_does_not_count_without_a_row(make_engine):
-    """One row beside that of the running one: b takes the row that a left, so c reads the prompt again, all of it."""
+    """With a single row, b evicts the row of a, so c reads the whole prompt again."""
     engine = make_engine(step_tokens=64, max_num_seqs=1)
     again(engine, "a", max_tokens=1)
     engine.expect(({"a": 13}, "a", "", {"a": 1}, "a"))
@@ -54,7 +54,7 @@ def test_spare_rows_keep_vectors_for_longer(make_engine):
 
 
 def test_siblings_in_one_step_read_their_prompt_once(make_engine):
-    """As n > 1 sends them. Their full blocks are the first one's already; only their last token is their own."""
+    """n > 1 sends such requests. They share the full blocks of the first one and compute only their last token."""
     engine = make_engine(step_tokens=64)
     for name in "abc":
         again(engine, name)
@@ -67,7 +67,7 @@ def test_siblings_in_one_step_read_their_prompt_once(make_engine):
 
 
 def test_a_sibling_of_one_that_waits_waits_too(make_engine):
-    """The step has no room for the prompt: neither may start with a part of it."""
+    """The step has no room for the whole prompt, so neither request starts with a part of it."""
     engine = make_engine(step_tokens=16)
     engine.add("z", 8)
     again(engine, "a")
@@ -101,7 +101,7 @@ def test_another_adapter_shares_nothing(make_engine):
 
 
 def test_after_a_reset_nobody_finds_old_vectors(make_engine):
-    """Not even those of a request that still runs with them: they were made of old weights."""
+    """This includes vectors of a request that still runs: they come from the old weights."""
     engine = make_engine(step_tokens=64)
     again(engine, "a")
     engine.expect(({"a": 13}, "a", "", {"a": 1}, "a"))

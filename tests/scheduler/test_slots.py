@@ -17,7 +17,7 @@ from vllm_parade.scheduler.slots import SlotCache
         (["a", "b", "c"], "bc"),
         (["a", "b", "a", "c"], "ac"),
         (["ab", "", "c", "d"], "cd"),
-        # Those of one step come together: b, though older than a, stays.
+        # A step's adapters are activated together: b stays although a was used later.
         (["b", "a", "bc"], "bc"),
         (["b", "a", "cb"], "bc"),
         (["ab", "cd"], "cd"),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the scheduler counts, on its way out with vLLM's own stats of a step."""
+"""The scheduler's counts are sent with vLLM's own stats of each step."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from vllm_parade.stats import RowCounts
 
 
 def counts_of_step(engine):
-    """Counts that leave with the next step that has run."""
+    """Run a step and return the counts in its stats."""
     scheduled = engine.scheduler.schedule()
     outputs = engine.scheduler.update_from_output(scheduled, engine._answer(scheduled))
     (stats,) = [output.scheduler_stats for output in outputs.values() if output.scheduler_stats is not None]
@@ -16,7 +16,7 @@ def counts_of_step(engine):
 
 @pytest.mark.parametrize("pipeline", [0, 1])
 def test_counts_leave_with_every_step(make_engine, pipeline):
-    """b finds a's row. c takes it, the only one beside those that running requests need."""
+    """There is a single row. b finds the row of a, and c evicts it."""
     engine = make_engine(max_num_seqs=1, log_stats=True, pipeline=pipeline)
     for name in "ab":
         engine.add(name, 5, "A", tokens=list(range(5)), max_tokens=1)

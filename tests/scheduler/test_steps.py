@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables of steps. Their columns: scheduled tokens, running, waiting, rows, requests whose instruction passed."""
+"""Tables of steps. Their columns: scheduled tokens, running, waiting, rows, requests whose instruction is read."""
 
 import pytest
 
@@ -7,14 +7,14 @@ from tests.scheduler.conftest import OVERTAKES
 
 
 def test_instruction_passes_whole_beside_a_base_prompt_in_chunks(make_engine):
-    """A step holds 8 tokens. The instructions of 5 and 6 pass in one step each; base prompt b fills what they leave."""
+    """A step holds 8 tokens. The instructions of 5 and 6 tokens run in one step each; base prompt b fills the rest."""
     engine = make_engine(step_tokens=8)
     engine.add("a", 5, "A")
     engine.add("b", 9)
     engine.add("c", 6, "A")
     engine.expect(
         ({"a": 5, "b": 3}, "ab", "c", {"a": 1}, "a"),
-        # After b's 6 tokens and a's one there is room for one: c waits rather than start in part.
+        # b's 6 tokens and a's one leave room for one. c waits, since its instruction is never split.
         ({"a": 1, "b": 6}, "ab", "c", {"a": 1}, ""),
         ({"a": 1, "b": 1, "c": 6}, "abc", "", {"a": 1, "c": 2}, "c"),
         ({"a": 1, "b": 1, "c": 1}, "abc", "", {"a": 1, "c": 2}, ""),
@@ -22,7 +22,7 @@ def test_instruction_passes_whole_beside_a_base_prompt_in_chunks(make_engine):
 
 
 def test_instruction_as_long_as_a_step(make_engine):
-    """It needs a step of its own; one that is longer never gets this far (the front end refuses it)."""
+    """It needs a step of its own. The front end rejects longer instructions."""
     engine = make_engine(step_tokens=8)
     engine.add("a", 8, "A")
     engine.add("b", 8)
@@ -35,7 +35,7 @@ def test_instruction_as_long_as_a_step(make_engine):
 
 @pytest.mark.skipif(OVERTAKES, reason="this vLLM lets requests overtake")
 def test_head_of_the_queue_is_not_overtaken(make_engine):
-    """c needs all of a step's 8 tokens and waits until a and b are done; d, though it would fit, stays behind it."""
+    """c needs all 8 tokens of a step and waits until a and b finish. d would fit, but stays behind c."""
     engine = make_engine(step_tokens=8)
     engine.add("a", 2, max_tokens=3)
     engine.add("b", 2, "B", max_tokens=2)
@@ -52,7 +52,7 @@ def test_head_of_the_queue_is_not_overtaken(make_engine):
 
 
 def test_instruction_shorter_than_the_prompt(make_engine):
-    """Only the first 5 of a's 12 tokens are instruction: they pass whole, the rest follows in chunks."""
+    """Only the first 5 of a's 12 tokens are instruction: they run in one step, the rest in chunks."""
     engine = make_engine(step_tokens=8)
     engine.add("b", 2)
     engine.add("a", 12, "A", instruction=5)
@@ -64,7 +64,7 @@ def test_instruction_shorter_than_the_prompt(make_engine):
 
 
 def test_short_instruction_waits_too_where_it_does_not_fit(make_engine):
-    """b leaves 3 tokens, a's instruction has 5: it waits, although the rest of its prompt may be cut."""
+    """b leaves 3 tokens and a's instruction has 5. a waits, although the rest of its prompt may be split."""
     engine = make_engine(step_tokens=8)
     engine.add("b", 5)
     engine.add("a", 12, "A", instruction=5)
@@ -76,9 +76,9 @@ def test_short_instruction_waits_too_where_it_does_not_fit(make_engine):
 
 
 def test_preempted_request_finds_its_row_again(make_engine):
-    """5 blocks of 4 tokens. b is pushed out when a and b need 6, and resumes without a generator when a is done.
+    """5 blocks of 4 tokens. b is preempted when a and b need 6, and resumes without a generator when a is done.
 
-    The blocks of its first 8 tokens are still cached, and may count, since its vectors are there.
+    The blocks of its first 8 tokens are still cached. They are reused, since its row is cached too.
     """
     engine = make_engine(step_tokens=16, blocks=6)
     engine.add("a", 7, "A", max_tokens=4)
@@ -94,7 +94,7 @@ def test_preempted_request_finds_its_row_again(make_engine):
 
 
 def test_resumed_request_may_be_cut(make_engine):
-    """Without prefix caching b computes its 9 tokens again: in chunks around base prompt c, with its old row."""
+    """Without prefix caching, b computes its 11 tokens again, in chunks and with its old row."""
     engine = make_engine(step_tokens=8, blocks=6, enable_prefix_caching=False)
     engine.add("a", 4, max_tokens=6)
     engine.add("b", 7, "B")
@@ -111,10 +111,10 @@ def test_resumed_request_may_be_cut(make_engine):
 
 
 def test_row_of_a_preempted_request_is_taken_when_none_is_left(make_engine):
-    """2 rows for 2 running requests. c overtakes the preempted b and takes its row; b then generates anew.
+    """2 rows for 2 running requests. c overtakes the preempted b and takes its row; b then generates its vectors again.
 
-    By then b has given 5 tokens: its 7 tokens of instruction must pass whole again, even those that are cached, while
-    the last 4 tokens may come later.
+    By then b has answered 5 tokens. Its 7 instruction tokens must run in one step again, even if they are cached. Its
+    last 4 tokens may come later.
     """
     engine = make_engine(step_tokens=8, max_num_seqs=2, blocks=7, scheduling_policy="priority")
     engine.add("a", 7, "A", max_tokens=12, priority=0)
@@ -131,7 +131,7 @@ def test_row_of_a_preempted_request_is_taken_when_none_is_left(make_engine):
         ({"a": 1, "c": 4}, "ac", "b", {"a": 1, "c": 2}, "c"),
         ({"a": 1, "c": 1}, "ac", "b", {"a": 1, "c": 2}, ""),
         *[({"a": 1}, "a", "b", {"a": 1}, "")] * 3,
-        # Of the rows of a and c, neither of which runs, that of c was left first.
+        # a and c have finished. c released its row first, so b takes that one.
         ({"b": 8}, "b", "", {"b": 2}, "b"),
         ({"b": 4}, "b", "", {"b": 2}, ""),
         ({"b": 1}, "b", "", {"b": 2}, ""),
@@ -140,7 +140,7 @@ def test_row_of_a_preempted_request_is_taken_when_none_is_left(make_engine):
 
 @pytest.mark.parametrize("steps", [0, 1, 3])
 def test_abort_frees_the_row(make_engine, steps):
-    """While it waits, after its prompt, while it decodes. What was written stays, for the same instruction."""
+    """Abort while it waits, after its prompt and while it decodes. Its vectors stay cached for the same instruction."""
     engine = make_engine()
     engine.add("a", 5, "A")
     for _ in range(steps):
@@ -187,7 +187,7 @@ def test_more_requests_than_rows_wait_their_turn(make_engine):
 
 
 def test_reset_of_the_prefix_cache_keeps_rows_of_running_requests(make_engine):
-    """Running requests go on with their keys, values and vectors; a preempted one starts again with its generator."""
+    """Running requests keep their keys, values and vectors. A preempted request runs its generator again."""
     engine = make_engine(step_tokens=16, blocks=6)
     engine.add("a", 7, "A", max_tokens=4)
     engine.add("b", 7, "B")
@@ -211,7 +211,7 @@ def test_reset_with_running_requests_generates_all_anew(make_engine):
 
 
 def test_asynchronous_scheduling_plans_ahead_with_the_same_row(make_engine):
-    """Step n + 1 is planned before the answer of step n is there; a's row stays until its last answer has come."""
+    """Step n + 1 is planned before step n has answered. a keeps its row until its last answer."""
     engine = make_engine(step_tokens=8, pipeline=1)
     engine.add("a", 5, "A", max_tokens=2)
     engine.add("b", 6, "B")
@@ -225,7 +225,7 @@ def test_asynchronous_scheduling_plans_ahead_with_the_same_row(make_engine):
 
 @pytest.mark.parametrize("pipeline", [1, 2])
 def test_stages_hold_a_row_until_its_last_step_has_answered(make_engine, pipeline):
-    """With one seat, b waits while steps of a are under way; those of b come after them on every stage."""
+    """With one seat, b waits while steps of a are in flight. On every stage, the steps of b come after those of a."""
     engine = make_engine(step_tokens=8, max_num_seqs=1, stages=2, pipeline=pipeline)
     engine.add("a", 5, "A", max_tokens=2)
     engine.add("b", 6, "B")
@@ -233,7 +233,7 @@ def test_stages_hold_a_row_until_its_last_step_has_answered(make_engine, pipelin
     scheduled = [line[0] for line in lines if line[0]]
     assert scheduled[:3] == [{"a": 5}, {"a": 1}, {"b": 6}]
     assert all(line[3] in ({"a": 1}, {"b": 1}, {}) for line in lines)
-    # A request's next token waits for the stage that knows the last one.
+    # A request's next token waits until the last stage has sampled the previous one.
     assert lines[1][0] == {}
 
 
@@ -247,7 +247,7 @@ def test_base_requests_alone_have_an_empty_plan(make_engine):
 
 
 def test_tokens_computed_elsewhere_do_not_count_as_read(make_engine):
-    """Should ever a request without vectors come with keys and values, its generators have not read those tokens."""
+    """If a request has keys and values but no vectors, no generator has read those tokens."""
     engine = make_engine()
     engine.add("a", 8, "A", instruction=4)
     request = engine.scheduler.requests["a"]

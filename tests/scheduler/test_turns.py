@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tables of steps, as in test_steps: requests under adapters that mark their turns.
 
-Token 1 begins a turn, token 2 ends its instruction, token 7 is every answer. A block has four tokens.
+Token 1 starts a turn, token 2 ends its instruction, and token 7 is every answer. A block has four tokens.
 """
 
 import pytest
 
 from tests.scheduler.conftest import ANSWER, ASSISTANT, USER
 
-# Turns [6, 12) and [12, 18), each with an instruction of four tokens.
+# Turns [6, 12) and [12, 16), each with an instruction of four tokens.
 TOKENS = [3, 4, 5, 6, 3, 4, USER, 8, 9, ASSISTANT, ANSWER, ANSWER, USER, 5, 5, ASSISTANT]
 
 
@@ -17,7 +17,8 @@ def add(engine, name, tokens=TOKENS, adapter="A", **options):
 
 
 def test_a_chunk_reads_one_instruction(make_engine):
-    """Base tokens and the first turn, then the second one; borders say where the rows change."""
+    """The first chunk has the base tokens and the first turn, the second one the second turn. Borders are where rows
+    change."""
     engine = make_engine(step_tokens=64)
     add(engine, "a")
     engine.expect(({"a": 12}, "a", "", {}, "a"))
@@ -27,7 +28,7 @@ def test_a_chunk_reads_one_instruction(make_engine):
 
 
 def test_base_tokens_are_cut_and_instructions_are_not(make_engine):
-    """Steps of five tokens: an instruction of four waits for the next step if less is left."""
+    """Steps of five tokens: an instruction of four tokens waits for the next step if fewer are left."""
     engine = make_engine(step_tokens=5)
     add(engine, "a")
     engine.expect(
@@ -73,14 +74,14 @@ def test_what_precedes_the_first_turn_is_shared(make_engine, adapter, salt, comp
 
 
 def test_a_prefix_without_its_vectors_ends_at_the_turns_start(make_engine):
-    """And at the start of the turn before, if a block reaches into it and its vectors are gone too."""
+    """It ends at the previous turn's start if a block reaches into that turn and its vectors are gone too."""
     engine = make_engine(step_tokens=64, vector_cache=4)
     add(engine, "a", max_tokens=1)
     engine.step()
     engine.step()
     engine.scheduler.rows.forget()
     add(engine, "b")
-    # All 16 tokens are cached, but 12 is the second turn's start: its instruction is read again.
+    # All 16 tokens are cached, but the second turn starts at 12 and its instruction is read again.
     engine.expect(({"b": 4}, "b", "", {"b": 2}, "b"))
     engine.abort("b")
     engine.scheduler.rows.forget()
@@ -90,12 +91,13 @@ def test_a_prefix_without_its_vectors_ends_at_the_turns_start(make_engine):
     engine.step()
     engine.scheduler.rows.forget()
     add(engine, "d", shifted)
-    # The hit up to 13 ends at 12, inside the first turn, which starts at 7; up to there, at 4.
+    # The second turn starts at 13: the hit before it ends at 12, inside the first turn. That turn starts at 7, and the
+    # hit before it ends at 4.
     assert engine.step()[0] == {"d": 9}
 
 
 def test_siblings_wait_for_the_one_that_reads(make_engine):
-    """b would compute every later turn itself, so it waits while a reads. c passes it, and d, which needs one turn."""
+    """b would compute every later turn itself, so it waits while a reads. c passes b, and so does d with one turn."""
     engine = make_engine(step_tokens=64, vector_cache=4)
     add(engine, "a")
     add(engine, "b")
@@ -110,7 +112,7 @@ def test_siblings_wait_for_the_one_that_reads(make_engine):
 
 @pytest.mark.parametrize(("vector_cache", "computed"), [(0, [4, 1, 3]), (1, [4, 4])])
 def test_no_row_to_spare_ends_a_chunk_at_the_border(make_engine, vector_cache, computed):
-    """One row: whoever goes from one turn to the next gives the old row back first."""
+    """With a single row, a request releases a turn's row before it starts the next turn."""
     engine = make_engine(step_tokens=4, max_num_seqs=1, vector_cache=vector_cache)
     add(engine, "a", [USER, 8, ASSISTANT, ANSWER, ANSWER, USER, 9, ASSISTANT], max_tokens=1)
     assert [engine.step()[0]["a"] for _ in computed] == computed
@@ -118,7 +120,7 @@ def test_no_row_to_spare_ends_a_chunk_at_the_border(make_engine, vector_cache, c
 
 
 def test_a_running_instruction_does_not_starve(make_engine):
-    """Five requests that decode leave three tokens a step. After four steps they leave the six that a needs."""
+    """Five decoding requests leave three tokens a step. After four steps without room, they leave the six a needs."""
     engine = make_engine(step_tokens=8, max_num_seqs=8)
     for name in "bcdef":
         engine.add(name, 1)

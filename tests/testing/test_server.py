@@ -14,7 +14,7 @@ import testing.server
 from testing.server import ServerError, server
 
 SHEBANG = f"#!{sys.executable}\n"
-# Its child would outlive it.
+# Starts a child that would outlive it.
 HEALTHY = """
 import http.server, subprocess, sys
 child = subprocess.Popen(["sleep", "600"])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line of `python -m vllm_parade.train`, and the YAML file that says the same."""
+"""The command line of `python -m vllm_parade.train` and the equivalent YAML file."""
 
 import subprocess
 import sys

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pages' training commands run as they stand, for a step, on a small random model."""
+"""The documented training commands run unchanged, for one step, on a small random model."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ QUICK = ["--max_steps", "1", "--eval_steps", "1", "--save_steps", "1", "--metric
 
 @pytest.fixture(scope="module")
 def small(smollm: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Two layers of random weights, with SmolLM2's tokenizer and chat template."""
+    """Folder of a random two-layer model with SmolLM2's tokenizer and chat template."""
     folder = str(tmp_path_factory.mktemp("small"))
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = AutoConfig.from_pretrained(smollm, **sizes, num_key_value_heads=2, head_dim=16)
@@ -30,13 +30,13 @@ def small(smollm: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def write_pairs(file: Path, first: str) -> None:
-    """A file of examples, the page's own first."""
+    """Write a file of examples; the page's example comes first."""
     more = [{"prompt": text, "response": ("negative", "positive")[label]} for text, label in sentences()]
     file.write_text("\n".join([first.strip(), *map(json.dumps, more)]) + "\n", encoding="utf-8")
 
 
 def run(words: list[str]) -> Path:
-    """Train as the command says, for one step; returns the adapter's folder."""
+    """Run the training command for one step; return the adapter's folder."""
     assert words[:3] == ["python", "-m", "vllm_parade.train"]
     adapter, arguments = parse([*words[3:], *QUICK])
     train(adapter, arguments)
@@ -60,7 +60,7 @@ def test_the_conversations_of_the_page(small: str, tmp_path: Path, monkeypatch: 
     name = f"{HERE}::test_the_conversations_of_the_page"
     ((line,), (text,)) = (texts(PAGE, name, language) for language in ("json", "bash"))
     write_pairs(tmp_path / "conversations.jsonl", line)
-    # The first line is dev's.
+    # The first line goes to the dev split; add a conversation to train on.
     with (tmp_path / "conversations.jsonl").open("a") as file:
         file.write(line.strip().replace("dull", "slow"))
     (words,) = commands(text, MODEL=small)
@@ -82,5 +82,5 @@ def test_the_commands_of_the_page(small: str, sst2: Path, tmp_path: Path, monkey
         "adapters/mine",
         "adapters/mixture",
     ]
-    # The YAML file's settings were those of the last one under that name.
+    # adapters/mine is trained twice; the second run takes its settings from the YAML file.
     assert load_adapter("adapters/mine").config.r == 24

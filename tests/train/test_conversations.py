@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`tools.conversations`: what it builds can be trained on, and is the same for the same seed."""
+"""`tools.conversations`: its conversations can be trained on and are reproducible by seed."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from vllm_parade.train.readers import read_jsonl
 
 @pytest.fixture
 def files(tmp_path: Path) -> dict[str, Path]:
-    """A few rows of every source, in its format."""
+    """A few rows of every source, in the source's format."""
     alpaca = [{"instruction": f"Do {n}.", "input": f"{n}" * (n % 2), "output": f" Done {n}. "} for n in range(30)]
     gsm8k = [{"question": f"{n} + {n}?", "answer": f"It is <<{n}+{n}>>{2 * n}.\n#### {2 * n}"} for n in range(30)]
     e2e = [f'"name[Pub {n}], area[riverside]",Pub {n} {text}.' for n in range(20) for text in ("is near", "is far")]

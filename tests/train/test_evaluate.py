@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m vllm_parade.evaluate`: the served answers' score, beside the reference's."""
+"""`python -m vllm_parade.evaluate`: scores of served answers, compared with the reference."""
 
 import argparse
 import json
@@ -79,7 +79,7 @@ def test_adapters_are_given_by_name(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 @pytest.fixture
 def refused(smollm: str, sst2: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    """Runs the command, which must refuse before it asks for an engine."""
+    """Runs the command, which must refuse its flags before it starts an engine."""
     monkeypatch.setattr("vllm_parade.evaluate.Server", Mock(side_effect=AssertionError("an engine starts")))
 
     def run(*flags: object, model: object = smollm, data: object = sst2) -> str:
@@ -157,7 +157,7 @@ def test_engine_arguments_are_an_object(capsys: pytest.CaptureFixture[str], give
 
 
 def test_what_vllm_refuses_names_the_flags(smollm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of an engine's start only its config is made."""
+    """The test creates only the engine's config, not the engine."""
     from vllm.engine.arg_utils import EngineArgs
 
     def config_only(model: str, **options: Any) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Markers of chat templates: found where a scan finds all messages again, and refused elsewhere."""
+"""Markers of chat templates: accepted if a scan recovers all messages, otherwise refused."""
 
 from pathlib import Path
 

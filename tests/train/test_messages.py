@@ -30,7 +30,7 @@ def values(*messages: Message) -> list[dict[str, str]]:
 
 
 def learnt(tokenizer: Any, pair: dict[str, list[int]]) -> list[str]:
-    """The runs of tokens that have labels, as text."""
+    """Text of each run of tokens with labels."""
     runs: list[list[int]] = []
     before = IGNORED_LABEL
     for token, label in zip(pair["input_ids"], pair["labels"], strict=True):
@@ -86,7 +86,7 @@ def test_all_answers_are_learnt_with_their_end(smollm: str, name: str) -> None:
     first, second, last = learnt(tokenizer, pair)
     ends = {"llama3": "<|eot_id|>", "phi3": "<|end|>", "gemma": "<end_of_turn>", "deepseek_r1": "<end>"}
     end = ends.get(name, "<|im_end|>")
-    # Phi-3's pieces of text and Gemma's line ends stay outside.
+    # strip(): whitespace beside the answer is not compared (Phi-3, Gemma).
     assert (first.strip(), second.strip()) == (f"The Aromi pub.{end}", f"The river{end}")
     assert last == "By the river.<|im_end|>"
 
@@ -100,7 +100,7 @@ def test_an_answer_is_found_whatever_it_is(smollm: str, answer: str) -> None:
     ids = render_ids(tokenizer, history)
     start, end = answer_span(tokenizer, history, 1, ids)
     assert answer in tokenizer.decode(ids[start:end])
-    # Blanks can share a token with the line end before them.
+    # Leading blanks can share a token with the line end before them.
     assert tokenizer.decode(ids[start:end]).strip("\n") in (answer.strip("\n"), answer)
     turns = find_turns(ids, find_markers(tokenizer))
     assert turns[0].end <= start <= end <= turns[1].start

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bad input of `python -m vllm_parade.train`: one line that names flag, value and remedy, before a weight is loaded."""
+"""Bad input of `python -m vllm_parade.train`: one line with flag, value and remedy, before weights are loaded."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ EXPECTED = 'expected {"prompt": ..., "response": ...}'
 
 @pytest.fixture
 def refused(weightless: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    """Runs the command in an empty folder; flags given twice count as the last says."""
+    """Runs the command in an empty folder; of a repeated flag, the last value counts."""
     monkeypatch.chdir(tmp_path)
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text("\n".join(json.dumps({"prompt": f"p{n}", "response": "r"}) for n in range(20)))
@@ -78,7 +78,7 @@ def test_nothing_is_left_to_train_on(refused: Callable[..., str], tmp_path: Path
 
 
 def test_pairs_may_hold_any_character(refused: Callable[..., str], tmp_path: Path) -> None:
-    """A line ends where JSON Lines says, and a mark of the byte order is no content."""
+    """Only line feeds end a line, as in JSON Lines; a byte order mark is ignored."""
     file = tmp_path / "pairs.jsonl"
     row = json.dumps({"prompt": "a\u2028b\x85c", "response": "r"}, ensure_ascii=False)
     file.write_bytes(b"\xef\xbb\xbf" + f"{row}\r\n{row}\n{PAIR[:-1]}".encode())
@@ -99,7 +99,7 @@ def test_models(refused: Callable[..., str], weightless: Path, tmp_path: Path) -
         line = refused("--model", other)
         assert line.startswith(f"--model {other}: ")
         assert line.endswith(remedy)
-    # The tests run without network.
+    # The tests run offline, so the Hub cannot be reached.
     assert refused("--model", "nobody/nothing").startswith(
         "--model nobody/nothing: no such folder, and not available from the Hub: We couldn't connect"
     )
@@ -186,7 +186,7 @@ def test_turns_need_a_template_with_markers(refused: Callable[..., str], weightl
 
 
 def test_conversations_that_cannot_be_learnt(refused: Callable[..., str], tmp_path: Path) -> None:
-    """Each message names its line."""
+    """Each error message names the line of the file."""
     file = tmp_path / "conversations.jsonl"
     roles = ("system", "assistant", "user", "assistant")
     messages = [{"role": role, "content": "w"} for role in roles]

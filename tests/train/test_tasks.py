@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How tasks are read, and how answers are scored."""
+"""Reading of tasks and scoring of answers."""
 
 import csv
 import json
@@ -23,7 +23,7 @@ def test_sst2_is_read_without_what_is_held_out(sst2: Path) -> None:
 
 def test_rte_answers_yes_or_no(tmp_path: Path) -> None:
     for name, label in (("train", "entailment"), ("val", "not_entailment"), ("dev", "entailment")):
-        # Quotation marks are text, as in GLUE's files.
+        # As in GLUE's files, quotation marks are plain text.
         head = "" if name == "val" else "index\tsentence1\tsentence2\tlabel\n"
         (tmp_path / f"{name}.tsv").write_text(f'{head}0\t"He said {name}.\tHe spoke.\t{label}\n')
     splits = TASKS["rte"].read(tmp_path)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From examples to a served adapter, by the command that users type."""
+"""The training command, from examples to a served adapter."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ FLAGS += ["--dataloader_pin_memory", "false"]
 
 
 def run(model: str, data: Path, output: Path, *flags: str, processes: int = 0) -> None:
-    """Train in this process, or by the command in so many of its own."""
+    """Train in this process (`processes=0`), or run the command with `processes` processes."""
     given = ["--model", model, "--task", "sst2", "--data", str(data), "--output_dir", str(output), *FLAGS, *flags]
     if not processes:
         train(*parse(given))
@@ -62,7 +62,7 @@ def trained(model: str, data: Path, output: Path) -> Path:
 def test_thirty_steps_lower_the_dev_loss_of_a_random_model(adapter: Path) -> None:
     losses = [entry["eval_loss"] for entry in history(adapter) if "eval_loss" in entry]
     assert len(losses) >= 4
-    # It has all words of SmolLM2's vocabulary to choose from, and two layers to do it with.
+    # The bound is small: the model has SmolLM2's whole vocabulary but only two layers.
     assert min(losses[1:]) < losses[0] - 1
 
 
@@ -133,7 +133,7 @@ def test_served_it_answers_as_in_peft(small: str, adapter: Path) -> None:
 @pytest.mark.parametrize("method", ["lora", "ia3"])
 def test_the_same_command_trains_what_is_compared(method: str, small: str, sst2: Path, tmp_path: Path) -> None:
     flags = ["--max_steps", "2", "--eval_steps", "2", "--save_steps", "2", "--metric_rows", "0"]
-    # Packed and padded batches learn alike; one method each is enough here.
+    # Packed and padded batches train alike, so each is run with only one method.
     run(small, sst2, tmp_path / "adapter", "--method", method, *flags, *(["--packed"] if method == "ia3" else []))
     assert safetensors.torch.load_file(tmp_path / "adapter" / "adapter_model.safetensors")
 
@@ -215,7 +215,7 @@ def test_what_needs_whole_weights_is_refused_under_fsdp(flags: dict[str, Any], v
 
 @pytest.mark.slow
 def test_training_that_was_cut_off_resumes(small: str, sst2: Path, tmp_path: Path) -> None:
-    """From its last checkpoint, to the very same adapter."""
+    """Training resumes from the last checkpoint and yields the same adapter, bit for bit."""
     output, results = tmp_path / "adapter", []
     flags = [
         "--max_steps",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training with --turns, from a file of conversations to an adapter that marks its instructions."""
+"""Training with --turns, from a file of conversations to an adapter with markers."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ START, END = [1, 4093], [1, 520, 9531]
 
 
 def run(model: str, source: list[str], output: Path, *flags: str, steps: int = 2) -> list[float]:
-    """Train for some steps; returns the dev losses."""
+    """Train for `steps` steps; return the dev losses."""
     every = ["--max_steps", str(steps), "--eval_steps", str(steps), "--save_steps", str(steps)]
     words = ["--model", model, *source, "--output_dir", str(output), "--dtype", "float32", *FLAGS, *every, *flags]
     train(*parse(words))
@@ -26,7 +26,7 @@ def run(model: str, source: list[str], output: Path, *flags: str, steps: int = 2
 
 @pytest.fixture(scope="module")
 def conversations(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Two questions each; the second answer needs the first question."""
+    """Flags for a file of conversations with two questions each; the second answer depends on the first question."""
     file = tmp_path_factory.mktemp("conversations") / "conversations.jsonl"
     answers = ("negative", "positive")
     rows = []

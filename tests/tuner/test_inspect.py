@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m vllm_parade.inspect`: vectors over prompts, how much they depend on them, and pictures."""
+"""`python -m vllm_parade.inspect`: vectors of prompts, their prompt dependence, and pictures."""
 
 import json
 import subprocess
@@ -64,7 +64,7 @@ def test_attention_maps_are_cut_and_add_up(model: Any) -> None:
 
 
 def test_turns_have_attention_maps_of_their_own(tmp_path: Path) -> None:
-    """Of their instructions, within the whole conversation."""
+    """Each map covers a turn's instruction, as computed within the whole conversation."""
     pytest.importorskip("matplotlib")
     model = marked()
     model.base_model.model.set_attn_implementation("eager")
@@ -88,7 +88,7 @@ def test_vectors_are_those_of_the_last_turn() -> None:
     torch.testing.assert_close(found[1][0], last, atol=1e-4, rtol=1e-4)
     shorter = vectors(model, TOKENIZER, [CONVERSATIONS[0][:15]])[1][0]
     assert not torch.allclose(last, shorter, atol=1e-2)
-    # The tokens after an instruction are not read.
+    # Generators do not read tokens after the instruction.
     answered = vectors(model, TOKENIZER, [[*CONVERSATIONS[0], 55, 56]])[1][0]
     torch.testing.assert_close(answered, last, atol=1e-4, rtol=1e-4)
 
@@ -122,7 +122,7 @@ def test_pictures(smollm: str, tmp_path: Path) -> None:
 
 @pytest.fixture
 def refused(smollm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    """Runs the command, which must refuse before it loads weights."""
+    """Runs the command, which must refuse its input before it loads weights."""
     monkeypatch.setattr("vllm_parade.inspect.load_model", Mock(side_effect=AssertionError("a model is loaded")))
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a gripping movie\n")

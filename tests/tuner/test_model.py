@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PARADE as a PEFT method: against the base model with edited weights, against whole passes, row by row."""
+"""PARADE as a PEFT method, compared with edited base weights, passes without a cache, and single prompts."""
 
 import copy
 from typing import Any
@@ -17,13 +17,13 @@ from vllm_parade.tuner import ParadeConfig
 
 NEW_TOKENS = 6
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
-# Generation must not end by itself: every comparison is over NEW_TOKENS tokens.
+# min_new_tokens keeps generation from ending early, so that every comparison covers NEW_TOKENS tokens.
 GREEDY = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": PAD}
 
 
 @pytest.fixture(params=["llama", "gpt2", "gpt_neox"])
 def base(request: pytest.FixtureRequest) -> Any:
-    """One model of each layout; test_architectures has the other architectures."""
+    """One model per layout; test_architectures covers the other architectures."""
     return make(request.param)
 
 
@@ -34,7 +34,7 @@ def prompts() -> list[torch.Tensor]:
 
 
 def sites_of(base: Any) -> list[str]:
-    """All that an architecture has."""
+    """All sites of the model's architecture."""
     return [site for site in SITES if site != "gate" or base.config.model_type not in ("gpt2", "gpt_neox")]
 
 
@@ -93,7 +93,7 @@ def test_constant_vectors_equal_scaled_weights(prompts: list[torch.Tensor]) -> N
 
 @pytest.mark.parametrize("model_type", ["gpt2", "gpt_neox"])
 def test_fused_projections_are_scaled_part_by_part(model_type: str, prompts: list[torch.Tensor]) -> None:
-    """What attention gets as q, k and v is what it got before, times the vector of each."""
+    """Attention receives q, k and v, each multiplied by its own vector."""
     base = make(model_type)
     seen: list[dict[str, torch.Tensor]] = []
     attention = base.transformer.h[0].attn if model_type == "gpt2" else base.gpt_neox.layers[0].attention
@@ -122,7 +122,7 @@ def test_fused_projections_are_scaled_part_by_part(model_type: str, prompts: lis
 
 @pytest.mark.parametrize("generator_input", ["layer_input", "attention_input"])
 def test_vectors_come_from_the_instruction_alone(prompts: list[torch.Tensor], generator_input: str) -> None:
-    """In the first layer, hidden states are known without running anything: embeddings, or embeddings normed."""
+    """The first layer's hidden states need no forward pass: they are the embeddings, plain or normed."""
     base = make("llama")
     model = strong(base, layers_to_transform=[0], sites=["up"], generator_input=generator_input)
     ids, instruction = prompts[1][None], torch.tensor([[1] * 6 + [0] * 3])
@@ -161,7 +161,7 @@ def test_a_loop_with_a_cache_of_ones_own(base: Any, prompts: list[torch.Tensor])
     output = model(input_ids=ids, use_cache=True)
     tokens = [output.logits[:, -1:].argmax(-1)]
     while len(tokens) < NEW_TOKENS:
-        # Another request in between must leave no trace.
+        # A pass over another prompt in between must not affect this one.
         model(input_ids=prompts[1][None])
         output = model(input_ids=tokens[-1], past_key_values=output.past_key_values, use_cache=True)
         tokens.append(output.logits[:, -1:].argmax(-1))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sequences packed into one row are what each is alone; attention by PyTorch or, on GPUs, by xformers."""
+"""Sequences packed into one row give the same result as alone, with PyTorch's attention or, on GPUs, xformers."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ def sequences() -> list[dict[str, Tensor]]:
 
 
 def packed(sequences: list[dict[str, Tensor]]) -> dict[str, Any]:
-    # With a cache Transformers itself would take the row for one sequence.
+    # With a cache, Transformers would treat the row as one sequence.
     batch: dict[str, Any] = {"use_cache": False}
     batch |= {name: torch.cat([one[name] for one in sequences], dim=1) for name in ("input_ids", "labels")}
     batch["position_ids"] = torch.cat([torch.arange(length) for length in LENGTHS])[None].to(batch["labels"].device)
@@ -35,7 +35,7 @@ def packed(sequences: list[dict[str, Tensor]]) -> dict[str, Any]:
 
 
 def adapted(model_type: str, attention: str, **config: Any) -> Any:
-    """With strong adapters, in float64 but for what Transformers itself does in float32 (rotary embedding, softmax)."""
+    """A float64 model with strong adapters; Transformers keeps rotary embedding and softmax in float32."""
     model = get_peft_model(make(model_type, attn_implementation=attention), ParadeConfig(r=8, **config)).double()
     model.base_model.pooling_dtype = torch.float64
     torch.manual_seed(0)
@@ -75,7 +75,7 @@ def test_packed_gradients(sequences: list[dict[str, Tensor]]) -> None:
     alone = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
     model.zero_grad()
     batch = packed(sequences)
-    # A sequence's first token is predicted by nothing.
+    # The first token of a sequence must not be predicted from the sequence before it.
     batch["labels"][0, [0, *torch.tensor(LENGTHS).cumsum(0)[:-1].tolist()]] = -100
     model(**batch).loss.backward()
     for name, parameter in model.named_parameters():
@@ -93,7 +93,7 @@ def test_a_sequence_without_prompt_is_refused(sequences: list[dict[str, Tensor]]
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, attn_bias: Any, p: float, scale: float) -> Tensor:
-    """xformers' function in plain PyTorch, [batch, tokens, groups, heads, size]."""
+    """xformers' `memory_efficient_attention` in plain PyTorch; q, k, v are [batch, tokens, groups, heads, size]."""
     assert p == 0
     scores = torch.einsum("bqghd,bkghd->bghqk", q, k) * scale
     bias = attn_bias.materialize((q.shape[1], k.shape[1]), dtype=q.dtype)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What PEFT's users expect of any method: the generic checks of PEFT's own tests, as far as they apply.
+"""The generic checks of PEFT's own tests that apply to PARADE.
 
-Those on merging, weighted combination and negative weights do not: vectors differ from prompt to prompt. Mixed batches
-(`adapter_names=`) are served by vLLM; PEFT itself offers them for LoRA only.
+Checks of merging, weighted combination and negative weights do not apply, because vectors differ per prompt. vLLM
+serves mixed batches (`adapter_names=`); PEFT itself supports them only for LoRA.
 """
 
 import copy
@@ -97,7 +97,7 @@ def test_only_generators_are_trainable(model: Any) -> None:
     assert isinstance(model, PeftModelForCausalLM)
     assert isinstance(model.base_model, ParadeModel)
     assert trainable == {name for name, _ in model.named_parameters() if ".parade_generator." in name}
-    # d r + r d_out + r r + K r, and the bias, in three layers; d 64, d_out 64 + 32 + 96.
+    # Per layer: d r + r d_out + r r + K r + d_out (bias), with d = 64 and d_out = 64 + 32 + 96; three layers.
     assert model.get_nb_trainable_parameters()[0] == 3 * (64 * 8 + 8 * 192 + 8 * 8 + 4 * 8 + 192)
 
 
@@ -142,7 +142,7 @@ def test_loaded_for_inference_or_to_go_on_training(model: Any, tmp_path: Path) -
 
 
 def test_several_adapters(model: Any, tmp_path: Path) -> None:
-    """Each answers as if it were alone; they may differ in every setting."""
+    """Each adapter gives the same answers as alone; adapters may differ in every setting."""
     first = logits(model)
     model.add_adapter("second", ParadeConfig(r=6, num_capsules=2, sites=["k", "gate"], layers_to_transform=[1]))
     strengthen(model, 1, "second")
@@ -217,7 +217,7 @@ def test_gradient_checkpointing_changes_no_gradient(model_type: str, use_reentra
 
     def gradients() -> dict[str, torch.Tensor]:
         model.zero_grad()
-        # Two passes before one backward: each layer must be computed again with its own instruction.
+        # Two forward passes before one backward: each layer must be recomputed with the instruction of its own pass.
         loss = model(input_ids=IDS, labels=LABELS).loss + model(input_ids=IDS.flip(0), labels=LABELS).loss
         loss.backward()
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
@@ -230,7 +230,7 @@ def test_gradient_checkpointing_changes_no_gradient(model_type: str, use_reentra
 
 
 def test_responses_are_not_read(model: Any) -> None:
-    """With labels, what the generators read ends where they begin: another response changes nothing before it."""
+    """With labels, generators read only tokens before the first label, so a response changes no earlier logits."""
     other = torch.where(LABELS == -100, IDS, IDS + 40)
     answers = [model(input_ids=ids, labels=LABELS).logits[:, :4] for ids in (IDS, other)]
     assert torch.equal(*answers)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Generators that begin standardized: what they read, what is trained, what is saved."""
+"""Standardized generators: the positions they read, training, and saving."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from vllm_parade.tuner.standard import Observed, positions_read
 
 
 def batch(seed: int = 1, rows: int = 64, prompt: int = 12, answer: int = 3) -> dict[str, torch.Tensor]:
-    """Prompts that begin and end alike, as a template makes them, and answers."""
+    """Prompts with answers; all prompts share their first and last tokens, as from a template."""
     ids = torch.randint(3, 101, (rows, prompt + answer), generator=torch.Generator().manual_seed(seed))
     ids[:, :3], ids[:, prompt - 1] = 7, 9
     labels = ids.masked_fill(torch.arange(prompt + answer) < prompt, -100)
@@ -45,7 +45,7 @@ def test_folding_is_standardizing() -> None:
     direction = torch.nn.functional.normalize(wanted.mean(dim=0), dim=0)
     wanted = wanted - (wanted @ direction)[:, None] * direction
     torch.testing.assert_close(hidden @ standard.fold(weight).mT, wanted @ weight.mT, atol=1e-3, rtol=1e-3)
-    # Nothing is left of what all have in common.
+    # The direction common to all hidden states is removed.
     assert (hidden @ standard.fold(weight).mT).mean(dim=1).abs().max() < 0.02 * weight.abs().sum(dim=-1).max()
     folded = standard.fold(weight)
     torch.testing.assert_close(standard.fold(standard.unfold(folded)), folded)
@@ -92,7 +92,7 @@ def test_vectors_begin_to_depend_on_the_prompt(pooler: str, generator_input: str
 
 
 def vectors_of(model: Any) -> dict[int, torch.Tensor]:
-    """Every layer's vectors of a batch's prompts."""
+    """Vectors of a batch's prompts, by layer."""
     prompts = {name: tensor[:, :12] for name, tensor in batch(3).items() if name != "labels"}
     with torch.no_grad():
         return model(**prompts, use_cache=True).past_key_values.parade_turns.last_vectors()

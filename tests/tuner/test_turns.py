@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several turns in one pass equal a conversation computed turn by turn, each under its own vectors."""
+"""One pass over several turns equals computing the conversation turn by turn, each with its own vectors."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ from vllm_parade.ops.reference import generate
 USER, ASSISTANT = 1, 2
 MARKED = {"instruction_start_tokens": [USER], "instruction_end_tokens": [ASSISTANT]}
 MARKERS = TurnMarkers((USER,), (ASSISTANT,))
-# A system prompt and three turns, the last one without an answer; two turns; one turn without any marker.
+# First: a system prompt and three turns, the last without an answer. Second: two turns. Third: one turn, no marker.
 CONVERSATIONS = [
     [9, 8, 7, 6, USER, 5, 4, ASSISTANT, 30, 31, 32, USER, 11, ASSISTANT, 33, USER, 12, 13, 14, ASSISTANT],
     [USER, 40, 41, ASSISTANT, 50, 51, USER, 42, ASSISTANT],
@@ -33,7 +33,7 @@ def marked(**config: Any) -> Any:
 
 
 def piece_by_piece(model: Any, tokens: list[int], markers: TurnMarkers = MARKERS) -> Tensor:
-    """Logits [tokens, vocabulary] of the base model, whose projections are scaled by hand, over a KV cache."""
+    """Base model's logits [tokens, vocabulary], one turn at a time over a KV cache; hooks scale its projections."""
     base = model.base_model.model
     config = model.peft_config["default"]
     turns = find_turns(tokens, markers)
@@ -53,7 +53,7 @@ def piece_by_piece(model: Any, tokens: list[int], markers: TurnMarkers = MARKERS
 
 
 def scale(base: Any, config: Any, instruction_tokens: int) -> list[Any]:
-    """Hooks for a pass that begins with an instruction of so many tokens."""
+    """Register hooks for a pass that begins with an instruction of this many tokens; return their handles."""
     handles = []
     for layer in base.model.layers:
         weights = {
@@ -127,7 +127,7 @@ def test_tokens_before_the_first_turn_are_the_base_models() -> None:
 
 
 def test_generated_start_tokens_open_no_turn() -> None:
-    """Every answer is made of start tokens; with a cache and without, they belong to the last turn."""
+    """The answer consists of start tokens only; with and without a cache, they belong to the last turn."""
     model, ids = marked(), torch.tensor(CONVERSATIONS[:1])
     forced = {**GREEDY, "suppress_tokens": [token for token in range(101) if token != USER]}
     wanted = torch.cat([ids, torch.full((1, NEW_TOKENS), USER)], dim=1)
@@ -154,7 +154,7 @@ def test_a_conversation_goes_on_from_its_cache(search: dict[str, int]) -> None:
 def test_a_cache_of_other_turns_is_refused() -> None:
     model = marked()
     ids, cache = torch.tensor(CONVERSATIONS[:1]), DynamicCache()
-    # The first answer token opens a turn where it is prompt.
+    # The answer consists of start tokens; as part of a prompt, its first token opens a turn.
     history = model.generate(
         input_ids=ids, past_key_values=cache, **GREEDY, suppress_tokens=[t for t in range(101) if t != USER]
     )
@@ -163,7 +163,7 @@ def test_a_cache_of_other_turns_is_refused() -> None:
 
 
 def test_instructions_lie_in_the_instruction_mask() -> None:
-    """As in beam search over HTTP, where generated tokens come back as prompt."""
+    """Markers outside of the mask open no turn: beam search over HTTP sends generated tokens back as prompt."""
     model, ids = marked(), torch.tensor(CONVERSATIONS[:1])
     mask = torch.tensor([[1] * 14 + [0] * 6])
     turns = find_turns(CONVERSATIONS[0][:14], MARKERS)
@@ -175,7 +175,7 @@ def test_instructions_lie_in_the_instruction_mask() -> None:
 
 
 def test_every_turn_with_labels_is_an_example() -> None:
-    """The gradient of a conversation is the sum of its turns' gradients, each with the turns before as they are."""
+    """The gradient of a conversation is the sum of its turns' gradients, each with all earlier turns as context."""
     model = marked().double()
     model.base_model.pooling_dtype = torch.float64
     ids = torch.tensor(CONVERSATIONS[:1])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a worker holds in host memory and in its slots, with fakes for adapters and layers."""
+"""A worker's adapters in host memory and in slots, with fake adapters and layers."""
 
 from types import SimpleNamespace
 
@@ -68,7 +68,7 @@ def test_upcoming_adapters_are_in_their_slot_before_their_step(slots, monkeypatc
 
 
 def test_a_slot_that_holds_another_adapter_is_never_read(slots):
-    """A copy that the scheduler counted on may not have been made: its request was aborted, its adapter forgotten."""
+    """A copy that the scheduler expects may be missing: the request was aborted and its adapter removed."""
     slots.activate({"a": 0})
     slots.remove("b")
     slots.prefetch({"b": 1, "c": 0})
@@ -101,7 +101,7 @@ def test_a_copy_waits_for_the_step_that_reads_the_slot():
     read = torch.zeros(2, device="cuda")
     for number, name in enumerate("ab"):
         slots.activate({name: 0})
-        # A step that takes its time before it reads.
+        # The step sleeps before it reads the slot.
         torch.cuda._sleep(50_000_000)
         read[number] = slots.host[name].layout.views(slots.flat[0], 0).bias[0]
     assert read.tolist() == [ord("a"), ord("b")]
@@ -113,7 +113,7 @@ def test_a_step_waits_for_what_was_copied_while_the_last_one_ran():
     slots = make_slots("cuda")
     slots.activate({"a": 0})
     torch.cuda._sleep(50_000_000)
-    # The copy waits for the step that sleeps; another step, which does not, reads it.
+    # The copy waits for the sleeping step. A step on another stream, which does not sleep, reads the slot.
     slots.prefetch({"b": 1})
     with torch.cuda.stream(torch.cuda.Stream()):
         slots.activate({"b": 1})

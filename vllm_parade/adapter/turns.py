@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the instructions of a prompt lie. Training, the tuner and the server all find them here."""
+"""Finds the turns and instructions of a prompt. Used by training, the tuner and the server."""
 
 import hashlib
 from array import array
@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 
 class Turn(NamedTuple):
-    """A turn of a conversation. It reaches from `start` to the start of the next turn, or to the end of the sequence.
+    """A turn of a conversation, from `start` to the start of the next turn or the end of the sequence.
 
-    Its vectors are generated from the tokens [start, end), its instruction, and scale every token of the turn.
+    The tokens [start, end) are its instruction. Vectors generated from them scale every token of the turn.
     """
 
     start: int
@@ -27,7 +27,7 @@ class TurnMarkers:
     end: tuple[int, ...]
     """Token ids that end a turn's instruction, e.g. those of `<|im_start|>assistant`."""
     max_tokens: int | None = None
-    """Largest number of tokens in an instruction; the tokens before its last `max_tokens` belong to the turn before."""
+    """Largest number of tokens in an instruction. A longer one keeps its last ones; the others join the turn before."""
 
 
 def find_turns(tokens: Sequence[int], markers: TurnMarkers | None) -> list[Turn]:
@@ -52,19 +52,20 @@ def find_turns(tokens: Sequence[int], markers: TurnMarkers | None) -> list[Turn]
 
 
 def turn_digests(tokens: Sequence[int], turns: Sequence[Turn], salt: str = "") -> list[str]:
-    """What the vectors of each turn depend on, beside the adapter: a SHA-256 (hex) for every turn.
+    """A SHA-256 (hex) for each turn, of everything but the adapter that the turn's vectors depend on.
 
-    The digest of turn i covers the tokens up to its instruction's end, and where the instructions up to there lie.
+    The digest of turn i covers all tokens up to the end of its instruction, and the positions of instructions 0 to i.
 
     Args:
         tokens: token ids of the prompt
         turns: its turns
-        salt: a client's cache salt; other salts give other digests
+        salt: a client's cache salt; different salts give different digests
     """
     described = salt.encode()
     digest, covered, digests = hashlib.sha256(array("q", [len(described)]).tobytes() + described), 0, []
     for turn in turns:
-        # The numbers say how many bytes follow, so different prompts, turns or salts give different bytes.
+        # The salt's length and each turn's end fix the number of bytes that follow. So different prompts, turns or
+        # salts give different bytes.
         digest.update(array("q", [*turn, *tokens[covered : turn.end]]).tobytes())
         covered = turn.end
         digests.append(digest.copy().hexdigest())
@@ -72,7 +73,7 @@ def turn_digests(tokens: Sequence[int], turns: Sequence[Turn], salt: str = "") -
 
 
 def _occurrences(tokens: Sequence[int], wanted: tuple[int, ...], position: int, limit: int) -> Iterator[int]:
-    """Where `wanted` begins in tokens [position, limit); occurrences do not overlap."""
+    """Positions of `wanted` in tokens [position, limit), without overlaps."""
     while True:
         try:
             position = tokens.index(wanted[0], position, limit)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which row scales which tokens of a step."""
+"""Assigns vector rows to the tokens of a step."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -22,7 +22,7 @@ class ScheduledTokens(NamedTuple):
         return self.position + self.tokens
 
     def turns(self) -> range:
-        """Numbers of the turns that the tokens belong to; tokens of the base model belong to none."""
+        """Numbers of the turns that the tokens belong to. Tokens before the first turn belong to none."""
         turn_at = self.conversation.turn_at
         return range(max(0, turn_at(self.position)), turn_at(self.end - 1) + 1)
 
@@ -32,7 +32,7 @@ class ScheduledTokens(NamedTuple):
 
 
 class StepRows(NamedTuple):
-    """What a StepPlan says about rows."""
+    """The row fields of a StepPlan."""
 
     rows: dict[str, int]
     readings: dict[str, Reading]
@@ -46,7 +46,7 @@ def assign_rows(cache: RowCache, scheduled: Iterable[ScheduledTokens]) -> StepRo
     overwritten in the same step.
 
     Raises:
-        RuntimeError: the step holds a part of an instruction that has no row.
+        RuntimeError: the step computes only a part of an instruction that has no row.
     """
     step = StepRows({}, {}, {})
     uses = [(request, turn) for request in scheduled for turn in request.turns()]
@@ -67,7 +67,7 @@ def assign_rows(cache: RowCache, scheduled: Iterable[ScheduledTokens]) -> StepRo
             continue
         instruction = request.conversation.instructions[turn]
         if instruction.start < request.position or instruction.end > request.end:
-            raise RuntimeError(f"request {name} is scheduled with a part of the instruction of turn {turn}")
+            raise RuntimeError(f"request {name} is scheduled with only a part of the instruction of turn {turn}")
         row = cache.allocate(name, key)
         step.readings[name] = Reading(instruction, instruction.start - request.position, row)
         _scale(step, request, turn, row)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keys that tell apart the KV blocks of equal tokens under different vectors."""
+"""Hash keys that distinguish KV blocks of equal tokens under different vectors."""
 
 from bisect import bisect_left
 from collections.abc import Callable
@@ -10,13 +10,13 @@ from vllm_parade.request import Conversation
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
-# Attribute of a vLLM request: its conversation.
+# Attribute of a vLLM request that stores its conversation.
 ATTRIBUTE = "parade_conversation"
 
 
 def conversation_of(request: "Request") -> Conversation | None:
     """The turns of a PARADE request; None for a request of the base model."""
-    # Needed in every step, so kept on the request.
+    # Cached on the request: needed in every step.
     known: dict[str, Any] = vars(request)
     if ATTRIBUTE not in known:
         known[ATTRIBUTE] = Conversation.from_extra_args(request.sampling_params and request.sampling_params.extra_args)
@@ -25,10 +25,10 @@ def conversation_of(request: "Request") -> Conversation | None:
 
 
 def add_turn_keys(wrapped: Callable[..., list[Any]], instance: None, args: tuple, kwargs: dict[str, Any]) -> list[Any]:
-    """Wraps _gen_prompt_embeds_extra_hash_keys: a block in which turns start gets a key for each of them.
+    """Wraps _gen_prompt_embeds_extra_hash_keys: adds a key to a block for each turn that starts in it.
 
-    vLLM chains block hashes, so all later blocks differ too. Blocks before the first turn get no key: base requests and
-    all adapters share them.
+    vLLM chains block hashes, so all later blocks differ too. Blocks before the first turn get no key, so base requests
+    and all adapters share them.
     """
     keys = wrapped(*args, **kwargs)
     request, block_start, block_end = args

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far a request's tokens may reach in one step."""
+"""Limits the tokens of a request in one step."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -27,8 +27,8 @@ def next_chunk(
 ) -> Chunk:
     """The longest chunk that a step can compute.
 
-    An instruction passes whole in the step that generates its vectors. A chunk holds tokens of at most two turns, and
-    at most one instruction that must be read.
+    The step that generates an instruction's vectors computes the whole instruction. A chunk has tokens of at most two
+    turns and at most one instruction that must be read.
 
     Args:
         conversation: the request's turns

@@ -11,12 +11,13 @@ class RowCache:
     """Maps instructions to rows, and counts the requests that use each row.
 
     A request holds the row of the turn whose tokens it computes. A row that no request holds stays cached until it is
-    evicted. Rows are evicted in the order of last use, but rows of turns that a conversation has passed go first: its
-    next request needs only the last turn's. Row 0 is the identity row, for requests of the base model and padding.
+    evicted. Rows are evicted in the order of last use. Rows of completed turns are evicted first, because the
+    conversation's next request needs only the last turn's row. Row 0 is the identity row, for requests of the base
+    model and padding.
     """
 
     def __init__(self, num_rows: int) -> None:
-        """`num_rows` counts row 0. There must be one more than requests can run."""
+        """`num_rows` includes row 0 and must be larger than the number of requests that can run."""
         self._free = list(range(num_rows - 1, IDENTITY_ROW, -1))
         self._rows: dict[InstructionKey, int] = {}
         self._idle: OrderedDict[InstructionKey, int] = OrderedDict()
@@ -62,7 +63,7 @@ class RowCache:
         return self._hold(request_id, key, self._rows[key])
 
     def allocate(self, request_id: str, key: InstructionKey) -> int:
-        """Let a request hold a row for an instruction that has none, which is to be written."""
+        """Let a request hold a new row for an instruction that has none. The step must write the row."""
         assert key not in self._rows, f"instruction {key} has a row already"
         self.misses += 1
         if self._free:
@@ -83,7 +84,7 @@ class RowCache:
         return row
 
     def release(self, request_id: str) -> None:
-        """End a request's hold: it has finished, or is preempted. A request without one is left alone."""
+        """End all holds of a finished or preempted request. Does nothing for a request without holds."""
         for key, row in self._held.pop(request_id, {}).items():
             self._let_go(key, row, passed=False)
 
@@ -107,7 +108,7 @@ class RowCache:
             self._idle.move_to_end(key, last=False)
 
     def forget(self) -> None:
-        """Forget all cached rows, as when weights have changed. A row in use is kept until its holds end."""
+        """Forget all cached rows, e.g. after a weight update. A row in use is kept until its holds end."""
         self._free += self._idle.values()
         self._idle.clear()
         self._rows.clear()

@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """PARADE's extension of vLLM's scheduler.
 
-A request's vectors are generated from whole instructions, layer by layer, while an instruction passes through the
-model. An instruction whose vectors no row holds is therefore scheduled whole, in one step, and the prefix cache counts
-only up to its turn's start. Everything else is scheduled as by vLLM: base requests, tokens before the first turn, and
-turns whose row is cached.
+Vectors are generated layer by layer in the forward pass of the instruction, and need the whole instruction. If no row
+holds an instruction's vectors, one step computes the whole instruction, and a prefix-cache hit counts only up to the
+start of its turn. Everything else is scheduled as in vLLM: base requests, tokens before the first turn, and turns whose
+row is cached.
 
-Which request comes first is vLLM's decision (arrival or priority). An adapter holds a slot for one step; a request
-holds the row of the turn that it computes. Running requests take tokens before waiting ones, so a long instruction
-could wait for ever for a step with enough room: once an instruction has found no room in PATIENCE steps, running
-requests leave its tokens free in one step.
+vLLM decides the order of requests (arrival or priority). An adapter holds a slot for one step; a request holds the row
+of the turn that it computes. vLLM schedules running requests before waiting ones, so a long instruction could starve.
+After PATIENCE steps without room for an instruction, running requests leave its tokens free in one step.
 """
 
 from collections.abc import Collection
@@ -51,11 +50,11 @@ class ParadeSchedulerMixin(Base):
         # steps while this step runs. So with many new adapters, only the first step waits for copies.
         self.max_cold_adapters_per_step = max(1, config.max_parades // 2)
         self.step_adapters: set[str] = set()
-        # The last candidate to read each instruction in this step. It reads the instruction only if vLLM schedules it.
+        # By instruction, the last request that may read it in this step. It does so only if vLLM schedules the request.
         self.step_readers: dict[InstructionKey, Request] = {}
-        # The next instructions, by turn, that requests running in this step read in later steps.
+        # Turn number and key of the instructions that requests running in this step read next, in later steps.
         self.step_ahead: list[tuple[int, InstructionKey]] = []
-        # Rows that this step may give to requests that hold one already.
+        # Rows that this step may give to requests that already hold one.
         self.spare_rows = 0
         # Rows of running requests that compute their last turn.
         self.settled: dict[str, int] = {}
@@ -68,7 +67,7 @@ class ParadeSchedulerMixin(Base):
         self.step_adapters.clear()
         self.step_readers.clear()
         self.step_ahead.clear()
-        # Every request that holds no row can get one.
+        # One row is reserved for each request that holds none.
         self.spare_rows = self.rows.available - (self.max_num_running_reqs - self.rows.num_holders)
         self.guard.begin(self._share_of_running())
         output = super().schedule(*args, **kwargs)
@@ -123,8 +122,8 @@ class ParadeSchedulerMixin(Base):
     def _is_read_by_another(self, request: "Request") -> bool:
         """Whether a running request is about to read an instruction that this one needs too.
 
-        Such a request waits: a running request never looks into the prefix cache again, and would compute every later
-        turn itself.
+        Such a request waits. vLLM looks up the prefix cache only when it admits a request, so a request that is
+        admitted now would compute every later turn itself.
         """
         if not self.step_ahead or (conversation := conversation_of(request)) is None:
             return False
@@ -142,10 +141,10 @@ class ParadeSchedulerMixin(Base):
     def _with_vectors(
         self, request: "Request", conversation: Conversation, blocks: Any, position: int
     ) -> tuple[Any, int]:
-        """The longest part of a prefix hit behind which the request can go on.
+        """The longest part of a prefix hit after which the request can continue.
 
-        The next tokens of a turn need its vectors. Where no row holds them, the turn's instruction must be computed
-        again. A hit up to the turn's start may end inside the turn before.
+        The next tokens of a turn need its vectors. If no row holds them, the hit is cut to the turn's start, because
+        the instruction must be computed again. The shorter hit may end inside the previous turn.
         """
         manager = self.kv_cache_manager
         while (turn := conversation.turn_at(position)) >= 0 and position > conversation.starts[turn]:
@@ -194,7 +193,7 @@ class ParadeSchedulerMixin(Base):
         return chunk.tokens
 
     def _note_ahead(self, request: "Request", conversation: Conversation, end: int) -> None:
-        """Note the next instruction that a running request is to read, if nobody has read it."""
+        """Note the next instruction of a running request, if its vectors do not exist."""
         turn = conversation.turn_at(end - 1) + 1 if end else 0
         if turn < len(conversation.instructions):
             instruction = conversation.instructions[turn]
@@ -220,7 +219,7 @@ class ParadeSchedulerMixin(Base):
         settled: dict[str, int] = {}
         others: list[ScheduledTokens] = []
         for name, tokens in scheduled.items():
-            # Most requests decode: their row does not change any more.
+            # Most requests decode, and their row no longer changes.
             row = self.settled.get(name)
             if row is not None:
                 settled[name] = row
@@ -233,7 +232,7 @@ class ParadeSchedulerMixin(Base):
                 self.settled[request.request_id] = self.rows.row(request.request_id, last.key)
         adapters = dict.fromkeys(reading.instruction.adapter for reading in readings.values())
         slots = self.slots.activate(adapters)
-        # Workers skip a step without tokens and would not copy its adapters.
+        # Workers skip a step without tokens, and copy no adapters in it.
         upcoming = self.slots.activate(self._upcoming(adapters)) if scheduled else {}
         return StepPlan({**settled, **rows}, readings, borders, slots, upcoming)
 

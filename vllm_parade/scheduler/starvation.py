@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes room for an instruction that has found none for several steps."""
+"""Reserves tokens of a step for an instruction that has found no room for several steps."""
 
 from typing import TYPE_CHECKING
 
@@ -14,11 +14,11 @@ class StarvationGuard:
     """Counts the steps in which an instruction found no room, and limits the other running requests for one step."""
 
     def __init__(self, drafting: int) -> None:
-        """`drafting`: slots for drafts that each request takes from a step beside its tokens."""
+        """`drafting`: draft slots that each request takes from a step in addition to its tokens."""
         self.request: Request | None = None
         """The first request whose instruction found no room."""
         self.steps = 0
-        """Number of steps in which it found none."""
+        """Number of steps in which it found no room."""
         self.drafting = drafting
         self._share: int | None = None
         self._found: Request | None = None
@@ -66,7 +66,7 @@ class StarvationGuard:
         """
         found = self._found or unseen
         if self._share is not None:
-            # If the request lacked something other than tokens, the others must not stop again in the next step.
+            # Reset even if the request did not run: it may lack something other than tokens.
             self.request, self.steps = None, 0
         elif found is not None:
             self.steps = self.steps + 1 if found is self.request else 1

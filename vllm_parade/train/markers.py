@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds the tokens with which a chat template begins a question and an answer."""
+"""Finds the tokens that begin questions and answers in a chat template."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -12,21 +12,21 @@ from vllm_parade.train.messages import Message, common_prefix, render
 
 __all__ = ["find_markers"]
 
-# Beginnings and ends of messages that merge with the text before and after them, in one tokenizer or another.
+# Messages whose first or last characters merge with the surrounding text in some tokenizers.
 CONTENTS = ("a", " ", "\n", " \n", "1", "", "  b", "\n\nb")
 SYSTEM = "You are the 7th."
 ROLES = ("user", "assistant", "user", "assistant")
-# How many special tokens between two messages are tried as the first token of a marker.
+# Number of special tokens between two messages that are tried as the first token of a marker.
 SPECIAL_TOKENS = 3
 
 
 class _Unusable(ValueError):
-    """Why a chat template has no markers."""
+    """A chat template has no usable markers. The message gives the reason."""
 
 
 @dataclass(frozen=True)
 class _Form:
-    """A conversation's text without its messages, which lie between the pieces."""
+    """A conversation's text without its messages. Each message lies between two pieces."""
 
     roles: tuple[str, ...]
     generate: bool
@@ -42,18 +42,18 @@ class _Form:
         return cls(roles, generate, tuple(pieces))
 
     def spans(self, text: str, contents: Sequence[str]) -> list[tuple[int, int]]:
-        """Where the pieces lie in a conversation's text; the template may trim the blanks of its contents."""
+        """Spans of the pieces in a conversation's text. The template may strip whitespace around messages."""
         messages = [rf"\s*{re.escape(content.strip())}\s*" for content in contents] + [""]
         parts = (f"({re.escape(piece)}){message}" for piece, message in zip(self.pieces, messages, strict=True))
         found = re.fullmatch("".join(parts), text)
         if found is None:
-            raise _Unusable(f"it does not write messages as they are: {list(contents)} become {text!r}")
+            raise _Unusable(f"it changes the text of messages: {list(contents)} become {text!r}")
         return [found.span(number + 1) for number in range(len(self.pieces))]
 
 
 @dataclass(frozen=True)
 class _Case:
-    """A rendered conversation, and where markers must be found in it."""
+    """A rendered conversation, with the expected positions of its markers."""
 
     text: str
     ids: list[int]
@@ -66,8 +66,9 @@ class _Case:
 def find_markers(tokenizer: Any) -> TurnMarkers:
     """The start and end tokens of instructions in the tokenizer's chat template.
 
-    They are the longest runs of tokens with which the second question and all answers begin, whatever the messages are,
-    and with which a prompt ends at least up to a suffix of its own.
+    Found by rendering test conversations. The start tokens are the longest sequence that begins every question after
+    the first. The end tokens are the longest sequence that begins every answer and every generation prompt. A
+    generation prompt may have more tokens after them.
 
     Args:
         tokenizer: a Transformers tokenizer with a chat template
@@ -85,7 +86,7 @@ def find_markers(tokenizer: Any) -> TurnMarkers:
 
 
 def _find(tokenizer: Any) -> TurnMarkers:
-    """Try the first special token that can begin a message; then the next ones."""
+    """Try the first special token that can begin a message, then the next ones."""
     first: _Unusable | None = None
     for choice in sorted(product(range(SPECIAL_TOKENS), repeat=2), key=sum):
         try:
@@ -124,7 +125,7 @@ def _cases(tokenizer: Any, choice: dict[str, int]) -> Iterator[_Case]:
     """Conversations with all contents, as history and with a generation prompt, with and without a system message."""
     added = sorted((token.content for token in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
     special = re.compile("|".join(map(re.escape, added)) or "(?!)")
-    # What follows an answer, and a question, where nothing else does.
+    # The text after an answer, and after a question, at the end of a conversation.
     closed = {
         role: _Form.of(tokenizer, ROLES[:length], generate=False).pieces[-1]
         for length, role in ((2, "assistant"), (3, "user"))
@@ -146,7 +147,7 @@ def _with_system(tokenizer: Any, forms: Sequence[_Form]) -> Iterator[_Form]:
     for form in forms:
         try:
             yield _Form.of(tokenizer, ("system", *form.roles), generate=form.generate)
-        # The template knows no system messages, or writes them elsewhere.
+        # The template does not support system messages, or writes them elsewhere.
         except ValueError:
             continue
 
@@ -160,7 +161,7 @@ def _contents(roles: tuple[str, ...]) -> Iterator[list[str]]:
 
 
 def _offsets(form: _Form, closed: dict[str, str], special: re.Pattern[str], choice: dict[str, int]) -> dict[int, int]:
-    """By number of the piece, where in it the marker of the message behind it begins."""
+    """By piece number, the offset in the piece at which the next message's marker begins."""
     offsets = {}
     following = form.roles + ("assistant",) * form.generate
     for number, (before, role) in enumerate(zip(following, following[1:], strict=False), 1):
@@ -171,11 +172,11 @@ def _offsets(form: _Form, closed: dict[str, str], special: re.Pattern[str], choi
 
 
 def _positions(piece: str, closed: str, role: str, special: re.Pattern[str]) -> list[int]:
-    """Where special tokens begin in a piece, but for those that only close the message before."""
+    """Offsets of the special tokens in a piece, except those that only close the previous message."""
     every = list(special.finditer(piece))
     positions = [found.start() for found in every if not closed.startswith(piece[: found.end()])]
     if not positions and role == "assistant":
-        # What closes a question is what begins the answer.
+        # The tokens that close a question also begin the answer.
         positions = [found.start() for found in every]
     if not positions:
         what = "a question" if role == "user" else "an answer"
@@ -184,10 +185,10 @@ def _positions(piece: str, closed: str, role: str, special: re.Pattern[str]) -> 
 
 
 def _token(tokenizer: Any, text: str, ids: list[int], position: int) -> int:
-    """The token that begins at a position of a text."""
+    """Index of the token that begins at a character position of a text."""
     head = _ids(tokenizer, text[:position])
     if ids[: len(head)] != head:
-        raise _Unusable(f"a token reaches over the border before {text[position:]!r} in {text!r}")
+        raise _Unusable(f"a token crosses the boundary before {text[position:]!r} in {text!r}")
     return len(head)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Conversations as messages, rendered as the server renders the messages of /v1/chat/completions."""
+"""Conversations as messages, rendered like the messages of a /v1/chat/completions request."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 __all__ = ["ROLES", "Message", "answer_span", "as_messages", "render", "render_ids"]
 
 ROLES = ("system", "user", "assistant", "tool")
-# An answer differs from at least one of these in its first and in its last token.
+# The first token of any answer differs from that of at least one of these; so does its last token.
 OTHER_ANSWERS = ("0", "w")
 
 
@@ -20,7 +20,7 @@ class Message(NamedTuple):
 
 
 def as_messages(values: Any) -> tuple[Message, ...]:
-    """Check a list of `{"role": ..., "content": ...}`. What follows the last answer is left out.
+    """Check a list of `{"role": ..., "content": ...}`. Messages after the last answer are dropped.
 
     Raises:
         ValueError: names the message, the reason and what was expected.
@@ -51,7 +51,7 @@ def render(tokenizer: Any, messages: Sequence[Message], *, generate: bool = True
     """The text of a conversation in the tokenizer's chat template.
 
     Args:
-        generate: end where the next answer begins
+        generate: end with the generation prompt, where the next answer begins
 
     Raises:
         ValueError: the template refuses the messages.
@@ -61,30 +61,31 @@ def render(tokenizer: Any, messages: Sequence[Message], *, generate: bool = True
     values = [message._asdict() for message in messages]
     try:
         return tokenizer.apply_chat_template(values, add_generation_prompt=generate, tokenize=False)
-    # Templates raise their own errors as TemplateError; the others come from what they cannot handle.
+    # Templates raise TemplateError. The others come from input that a template does not handle.
     except (TemplateError, TypeError, ValueError) as error:
         roles = ", ".join(message.role for message in messages)
         raise ValueError(f"the chat template refuses messages of the roles {roles}: {error}") from error
 
 
 def render_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
-    """Token ids of a conversation, up to where the next answer begins."""
+    """Token ids of a conversation with the generation prompt."""
     return tokenizer(render(tokenizer, messages), add_special_tokens=False)["input_ids"]
 
 
 def answer_span(tokenizer: Any, messages: Sequence[Message], index: int, ids: list[int]) -> tuple[int, int]:
-    """Which tokens of a rendered conversation an earlier answer holds, without the end-of-turn token.
+    """The span of an earlier answer in a rendered conversation, without the end-of-turn token.
 
-    The answer is what changes in the rendering when the answer is another. So nothing depends on the template, and an
-    answer that the template changes, e.g. one whose reasoning it drops, is found as it stands in the history.
+    The conversation is rendered again with other answers in its place; the tokens that change are the answer. This
+    does not depend on the template. If the template changes an answer, e.g. drops its reasoning, the span is that of
+    the changed answer.
 
     Args:
         messages: the conversation
-        index: of the answer in `messages`
-        ids: `messages` as `render_ids` renders them
+        index: index of the answer in `messages`
+        ids: result of `render_ids` for `messages`
 
     Returns:
-        start and end in `ids`; a token that holds a part of the answer and other text belongs to it
+        start and end in `ids`; a token with a part of the answer and other text belongs to the span
     """
     before = after = len(ids)
     for content in OTHER_ANSWERS:
@@ -96,6 +97,6 @@ def answer_span(tokenizer: Any, messages: Sequence[Message], index: int, ids: li
 
 
 def common_prefix(first: Sequence[Any], other: Sequence[Any]) -> int:
-    """How many entries two sequences have in common, from their start on."""
+    """Length of the common prefix of two sequences."""
     pairs = zip(first, other, strict=False)
     return next((number for number, (one, two) in enumerate(pairs) if one != two), min(len(first), len(other)))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The turns of a batch: which tokens each instruction holds, and which vectors scale each token."""
+"""The turns of a batch: the tokens of each instruction, and the vectors that scale each token."""
 
 from dataclasses import dataclass, field
 
@@ -18,14 +18,14 @@ BASE_ROW = 0
 
 @dataclass(frozen=True)
 class Prompt:
-    """The prompts of a call of `generate`."""
+    """The prompts of a `generate` call."""
 
     tokens: Tensor | None
     """[batch, tokens] ids; None if the call gives embeddings."""
     instruction_mask: Tensor | None
 
     def mask(self, width: int) -> Tensor | None:
-        """Where instructions lie in a pass over `width` tokens: not in generated ones."""
+        """The instruction mask of a pass over `width` tokens, 0 at generated ones. None without tokens and mask."""
         mask = self.instruction_mask
         if mask is None and self.tokens is not None:
             mask = torch.ones_like(self.tokens)
@@ -36,13 +36,13 @@ class Prompt:
 class BatchTurns:
     """The turns of a batch under one adapter, for one pass.
 
-    Every decoder layer receives them as a keyword argument, so a layer that gradient checkpointing recomputes finds
-    the same turns. The KV cache carries them to later passes.
+    Every decoder layer receives them as a keyword argument, so gradient checkpointing recomputes a layer with the same
+    turns. They are stored on the KV cache for later passes.
     """
 
     adapter: str
     turns: tuple[tuple[Turn, ...], ...]
-    """By sequence; positions count from the sequence's first token, padding included."""
+    """Turns of each sequence. Positions count from the sequence's first token, padding included."""
     token_rows: Tensor
     """[batch, tokens] int64, the table row that scales each token; [batch, 1] where one row scales a whole sequence."""
     last_rows: Tensor
@@ -64,7 +64,7 @@ class BatchTurns:
         return padded, torch.arange(padded.shape[1], device=hidden.device) < lengths[:, None]
 
     def write(self, layer_idx: int, vectors: Tensor) -> None:
-        """Keep the vectors that a layer generated, [instructions, d_out]."""
+        """Store the vectors that a layer generated, [instructions, d_out]."""
         known = self.cached.get(layer_idx)
         self.tables[layer_idx] = torch.cat([torch.ones_like(vectors[:1]) if known is None else known, vectors])
 
@@ -77,7 +77,7 @@ class BatchTurns:
         return {layer: table[self.last_rows[:, 0].to(table.device)] for layer, table in self._all_tables().items()}
 
     def later(self) -> "BatchTurns":
-        """The turns for a later pass, whose tokens all belong to the last turn of their sequence."""
+        """The turns for a later pass. All its tokens belong to the last turn of their sequence."""
         return BatchTurns(self.adapter, self.turns, self.last_rows, self.last_rows, cached=self._all_tables())
 
     def _all_tables(self) -> dict[int, Tensor]:
@@ -99,13 +99,14 @@ def batch_turns(
         adapter: its name
         markers: how the adapter marks its instructions; None means that a whole prompt is one instruction
         tokens: [batch, tokens] ids; needed only with markers
-        prompts: [batch, tokens] bool, where turns are looked for: not in padding or in generated tokens
+        prompts: [batch, tokens] bool, True where turns are searched; False for padding and generated tokens
         lengths: number of tokens in each sequence of a packed batch; None where every row is a sequence
         known: the turns of the tokens in the KV cache
-        cached_tokens: number of tokens in the KV cache; the pass holds those after it
+        cached_tokens: number of tokens in the KV cache; the pass computes the tokens after them
 
     Raises:
-        ValueError: a sequence without a prompt, or cached tokens whose turns differ from those that are found now.
+        ValueError: a sequence has no prompt token, the turns of the cached tokens have changed, or there are markers
+            but no ids.
     """
     if markers is not None and tokens is None:
         raise ValueError("the adapter finds its turns by token ids; pass input_ids, not inputs_embeds")
@@ -122,7 +123,7 @@ def batch_turns(
                 "a row has no instruction token; every row needs at least one: a prompt before the first label, or a "
                 "mask"
             )
-        # A beam search repeats each prompt and what is cached of it.
+        # Beam search repeats each prompt and its cache entries.
         origin = 0 if known is None else number // (len(sizes) // len(known.turns))
         cached = () if known is None else known.turns[origin]
         compact = find_turns(sequence[positions].tolist(), markers)
@@ -167,7 +168,7 @@ def _listed(turns: tuple[Turn, ...]) -> str:
 
 
 def check_labels(turns: BatchTurns, learnt: Tensor) -> None:
-    """Refuse labels inside an instruction, which the generators read.
+    """Refuse labels inside an instruction: the generators would read the answer.
 
     Args:
         learnt: [batch, tokens] bool, True where a token has a label
@@ -179,13 +180,13 @@ def check_labels(turns: BatchTurns, learnt: Tensor) -> None:
     if len(inside):
         row, token = divmod(int(turns.instructions[inside[0, 0]]), learnt.shape[1])
         raise ValueError(
-            f"row {row} has a label at token {token}, inside an instruction; generators would read what they learn to "
-            "answer: give instruction tokens the label -100"
+            f"row {row} has a label at token {token}, inside an instruction; generators must not read the answer: give "
+            "instruction tokens the label -100"
         )
 
 
 def packed_lengths(position_ids: Tensor | None, attention_mask: Tensor | None) -> tuple[int, ...] | None:
-    """Lengths of the sequences in a packed batch: one row without a mask, in which position ids begin anew."""
+    """Lengths of the sequences in a packed batch: one row without a mask, in which position ids restart."""
     if position_ids is None or attention_mask is not None or len(position_ids) != 1:
         return None
     lengths = sequence_lengths(position_ids)
@@ -197,7 +198,7 @@ def before_labels(labels: Tensor, lengths: tuple[int, ...] | None = None) -> Ten
 
     Args:
         labels: [batch, tokens], -100 where a token is not learnt
-        lengths: of the sequences, where they are packed
+        lengths: lengths of packed sequences
     """
     if lengths is not None:
         return torch.cat([before_labels(part) for part in labels.split(lengths, dim=1)], dim=1)
@@ -205,11 +206,11 @@ def before_labels(labels: Tensor, lengths: tuple[int, ...] | None = None) -> Ten
 
 
 def combined(shape: torch.Size, device: torch.device, *masks: Tensor | None) -> Tensor:
-    """Positions [batch, tokens] that all given masks show. A mask of fewer rows, as before a beam search repeats its
-    prompts, is repeated row by row.
+    """The conjunction of the given masks, [batch, tokens] bool. A mask from before beam search repeats the prompts has
+    fewer rows; each of its rows is repeated.
 
     Raises:
-        ValueError: a mask of another shape.
+        ValueError: a mask has another shape.
     """
     positions = torch.ones(shape, dtype=torch.bool, device=device)
     for mask in masks:

@@ -29,7 +29,7 @@ from vllm_parade.tuner.layout import layout_of
 from vllm_parade.tuner.standard import Observed
 
 GENERATOR = "parade_generator"
-# Keyword arguments of the base model. The first one is also stored on its KV cache.
+# Keyword arguments of the base model. The first one is also the name of an attribute of its KV cache.
 ARGUMENT = "parade_turns"
 MASK_ARGUMENT = "instruction_mask"
 LABELS_ARGUMENT = "parade_labels"
@@ -40,10 +40,10 @@ WIDE = {"attentional_capsule": 10.0, "dynamic_routing": 10.0, "last_token": 3.0}
 class ParadeModel(BaseTuner):
     """The `base_model` of a `PeftModel` with PARADE adapters.
 
-    The instruction of a row is its prompt: in training the tokens before the first label, otherwise all tokens that the
-    attention mask shows. `instruction_mask` [batch, tokens] in `forward` and `generate` selects others. An adapter that
+    The instruction of a row is its prompt: in training the tokens before the first label, otherwise all tokens in the
+    attention mask. `instruction_mask` [batch, tokens] in `forward` and `generate` selects other tokens. An adapter that
     marks its instructions (`instruction_start_tokens`) has an instruction in every turn; in training, labels must not
-    lie inside one. Vectors are generated in the pass that reads the instruction. The KV cache carries them to later
+    lie inside one. Vectors are generated in the pass that reads the instruction, and stored on the KV cache for later
     passes.
 
     One adapter is active at a time. Modules are hooked, not replaced, so names of base parameters do not change.
@@ -52,7 +52,7 @@ class ParadeModel(BaseTuner):
     prefix = GENERATOR
     tuner_layer_cls = ParadeGenerator
     active_adapter: Any
-    # Float64 shows the effect of rounding alone.
+    # Tests set float64 to remove float32 rounding from comparisons.
     pooling_dtype = torch.float32
 
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
@@ -154,11 +154,11 @@ class ParadeModel(BaseTuner):
         W_down applies to the hidden states themselves.
 
         Args:
-            batches: keyword arguments of the model, as in training, with the prompts of a few hundred examples; of
+            batches: keyword arguments of the model, as in training, with the prompts of a few hundred examples; in
                 rows with `labels`, only the tokens before the first label are read
 
         Raises:
-            ValueError: the adapter has been trained, or there are too few tokens to read.
+            ValueError: the adapter has been trained, or the batches have too few tokens.
         """
         (adapter,) = self.active_adapters
         config = cast(ParadeConfig, self.peft_config[adapter])
@@ -187,10 +187,10 @@ class ParadeModel(BaseTuner):
         the turns that the cache was filled with.
 
         Args:
-            instruction_mask: [batch, tokens], 1 at the prompt's tokens in which instructions lie; by default all
+            instruction_mask: [batch, tokens], 1 at prompt tokens that instructions may contain; by default all
 
         Raises:
-            ValueError: the prompt would be read in chunks, or its turns are not those of the cache.
+            ValueError: `prefill_chunk_size` is set, or the turns of the prompt are not those of the cache.
         """
         model = cast(Any, self.model)
         settings = kwargs.get("generation_config") or model.generation_config
@@ -231,7 +231,7 @@ class ParadeModel(BaseTuner):
     def _continued(
         self, adapter: str, known: BatchTurns, tokens: Tensor, cached_tokens: int, kwargs: dict[str, Any]
     ) -> BatchTurns:
-        """The turns of a pass over a filled cache: new ones only in the first pass of `generate`."""
+        """The turns of a pass with a filled cache. Only the first pass of `generate` can have new ones."""
         prompt, markers = self._prompt, self._markers(adapter)
         width = cached_tokens + tokens.shape[1]
         if markers is None or prompt is None or prompt.tokens is None or prompt.tokens.shape[1] != width:
@@ -244,7 +244,7 @@ class ParadeModel(BaseTuner):
         return cast(ParadeConfig, self.peft_config[adapter]).adapter_config().turn_markers
 
     def _default_prompt(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """With labels, end the instructions before them, because generators must not read the responses."""
+        """With labels, end the instructions before the first label, because generators must not read the responses."""
         labels = kwargs.get("labels")
         if labels is None or kwargs.get(MASK_ARGUMENT) is not None or not self.active_adapters:
             return args, kwargs
@@ -287,7 +287,7 @@ class ParadeModel(BaseTuner):
     def _adjust(
         self, generator: ParadeGenerator, site: str, projection: nn.Module, args: Any, output: Tensor
     ) -> Tensor:
-        """Scale a projection's output by each token's vector. Without vectors for it, return it unchanged."""
+        """Scale a projection's output by each token's vector. Return it unchanged if the site has no vectors."""
         turns = generator.turns
         table = None if turns is None else turns.table(generator.layer_idx)
         if turns is None or table is None:

@@ -12,7 +12,7 @@ from benchmarks.study.tables import study_tables
 ROOT = Path(__file__).parents[3]
 RESULTS = ROOT / "benchmarks/study/results"
 TABLES = ROOT / "benchmarks/study/TABLES.md"
-# Of the candidates, by its name in the results.
+# The chosen candidate, by its name in the results.
 CHOSEN = "usual, 5e-3, 500 steps"
 SENDERS_RESULTS = ("h100-senders", "h100-senders-first")
 MIXTURE_RESULTS = ("h200-mixture", "h200-conditions", "h100-rates", "h100-standardized", "h100-long", "h100-budgets")
@@ -30,7 +30,7 @@ def test_the_documented_tables_are_those_of_the_results(names: tuple[str, ...]) 
 
 
 def demo_table(results: dict[str, Any]) -> str:
-    """The demo's adapters and those that they were chosen from: task, adapter, dev loss, dev metric, test metric."""
+    """The demo's adapters and the other candidates: task, adapter, dev loss, dev metric, test metric."""
     scores = {(record["task"], record["split"]): record["scores"] for record in results["results"]}
     trained = {(record["task"], record["adapter"]): record for record in results["trainer"]}
     lines = []

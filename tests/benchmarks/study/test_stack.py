@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs that train side by side do what each would do alone, with PEFT and PyTorch's own optimiser."""
+"""Runs trained side by side match each run trained alone with PEFT and PyTorch's optimiser."""
 
 from typing import Any
 

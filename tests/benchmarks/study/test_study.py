@@ -17,7 +17,7 @@ RUNS = (Hyperparameters(3e-2, 0), Hyperparameters(3e-2, 1))
 
 @pytest.fixture(scope="module")
 def study(smollm: str, sst2: Path) -> Study:
-    """Of a tiny random model that knows SmolLM2's tokens."""
+    """A study of a tiny random model with SmolLM2's vocabulary."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": 2}
     base = LlamaForCausalLM(LlamaConfig(vocab_size=49152, initializer_range=0.3, **sizes)).eval()
@@ -36,10 +36,10 @@ def test_a_group_is_trained_and_measured(study: Study, own_words: bool, standard
     assert 0 <= first["sst2"] <= 100
     assert 0 <= first["sst2_swapped"] <= 100
     assert abs(first["loss_added_by_strangers_vectors"]) < 12
-    # Of one task, all prompts are its own.
+    # With one task, the dependence over all prompts is that of the task.
     assert first["dependence"]["ratio"] == first["sst2_dependence"]["ratio"] > 0
     assert first["parameters"] == 2 * (32 * 8 + 8 * 112 + 8 * 8 + 4 * 8 + 112)
-    # The base model is as it was.
+    # The base model has no hooks left.
     assert not any(module._forward_hooks for module in study.base.modules())
 
 

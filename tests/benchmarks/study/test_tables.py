@@ -20,7 +20,7 @@ def test_tables_take_the_rate_of_the_lowest_median_dev_loss() -> None:
     quality, worth = (table.splitlines() for table in study_tables(slow + fast).split("\n\n"))
     assert quality[0].endswith("| dev loss | metric |")
     assert quality[2] == "| g | parade | 1,234 | 0.001 | 3 | 0.500 (0.400 to 0.600) | 81.0 (80.0 to 82.0) |"
-    # Nobody measured strangers' vectors: no column.
+    # Strangers' vectors were not measured, so the table has no column for them.
     assert worth[0] == "| group | dependence | metric |"
     assert worth[2] == "| g | 0.002 (0.002 to 0.002) | 5.0 (5.0 to 5.0) |"
 

@@ -24,5 +24,5 @@ def llm(smollm: str) -> Any:
 
 @pytest.fixture(scope="module")
 def plain(smollm: str) -> Any:
-    """An engine without the plugin. Taking it ends the one with PARADE."""
+    """An engine without the plugin. Starting it closes the engine with PARADE."""
     return shared(smollm, **BASE)

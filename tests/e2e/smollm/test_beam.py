@@ -17,7 +17,7 @@ pytestmark = pytest.mark.engine
 def test_beam_search_equals_the_reference(
     llm: Any, oracle: Oracle, variants: dict[str, ParadeRequest], trained: dict[str, ParadeRequest]
 ) -> None:
-    """Ten prompts together, the same beams with the same scores; each instruction is read by a generator once."""
+    """Ten prompts at once give the reference's beams and scores. A generator reads each instruction once."""
     lengths = [5, 17, 31, 32, 33, 64, 65, 90, 100, 129]
     requests = [variants["strong"], trained["sst2"]] * 5
     asked = prompts(lengths, seed=25)
@@ -41,6 +41,6 @@ def test_beam_search_equals_the_reference(
 def compare_beams(model: Any, prompt: list[int], served: list[Any]) -> None:
     wanted = beams(model, prompt, 6)
     assert [beam.tokens[len(prompt) :] for beam in served] == wanted.sequences[:, len(prompt) :].tolist()
-    # Both are means over the answer's tokens, the reference's by its length penalty of one.
+    # Both scores are means over the answer's tokens: the reference uses a length penalty of one.
     for beam, score in zip(served, wanted.sequences_scores.tolist(), strict=True):
         assert abs(beam.cum_logprob / 6 - score) <= TOLERANCE

@@ -1,4 +1,4 @@
-"""vLLM gives what the float32 oracle gives, whatever shares the batch."""
+"""vLLM's answers equal those of the float32 oracle, whatever else is in the batch."""
 
 import ast
 from itertools import cycle
@@ -17,7 +17,8 @@ from vllm_parade.config import ServingConfig
 pytestmark = pytest.mark.engine
 
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
-# Around multiples of a block, and between them. The oracle takes most of the time, and its time goes by tokens.
+# Lengths around multiples of a block, and between them. Most are short: the oracle takes most of the time, and its time
+# grows with the number of tokens.
 SHORT = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 27, 30]
 LENGTHS = [31, 32, 33, 34, 40, 47, 48, 49, 55, 60, 63, 64, 65, 66, 70, 77]
 LONG = [95, 96, 97, 127, 128, 129, 256, 257]
@@ -98,7 +99,7 @@ def test_chat(llm: Any, oracle: Oracle, trained: dict[str, ParadeRequest]) -> No
 
 
 def printed(page: str, test: str, llm: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> list[str]:
-    """What a page's Python prints, with this engine in the place of the one that it would start."""
+    """Run a page's Python code with this engine instead of a new one, and return the lines that it prints."""
     from vllm.engine.arg_utils import EngineArgs
 
     folder = llm.llm_engine.vllm_config.model_config.model

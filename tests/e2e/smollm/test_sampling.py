@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whatever a request asks for besides its adapter: answered rightly, the first time and out of the caches."""
+"""Sampling parameters together with adapters: answers are correct, both computed and from the caches."""
 
 import json
 from typing import Any
@@ -29,7 +29,7 @@ REVIEW = {
 
 @pytest.fixture(scope="module")
 def asked(llm: Any, trained: dict[str, ParadeRequest], variants: dict[str, ParadeRequest]) -> Asked:
-    """Two questions, each for the base model, for the adapter that was trained to answer it and for a random one."""
+    """Two questions, each for the base model, for the adapter trained on the task and for a random adapter."""
     texts = [
         sst2_prompt("a warm and funny film that never talks down to its audience ."),
         e2e_prompt("name[Sea Lantern], eatType[restaurant], priceRange[high], customer rating[5 out of 5]"),
@@ -43,7 +43,7 @@ def asked(llm: Any, trained: dict[str, ParadeRequest], variants: dict[str, Parad
 
 @pytest.fixture(scope="module")
 def free(llm: Any, oracle: Oracle, asked: Asked) -> list[list[int]]:
-    """Answers to the same questions, with no parameters; each once."""
+    """Greedy answers to the same questions without other parameters, one per question."""
     outputs, requests = twice(llm, asked, greedy(FREE))
     oracle.check(outputs, requests)
     decode = llm.get_tokenizer().decode
@@ -68,7 +68,7 @@ def test_candidates_of_every_step(llm: Any, oracle: Oracle, asked: Asked) -> Non
 
 
 def cases(llm: Any) -> dict[str, tuple[dict[str, Any], Rule]]:
-    """Parameters, and what the oracle makes of logits for them."""
+    """Sampling parameters, and the rule by which the oracle changes logits for them."""
     encode = llm.get_tokenizer().encode
     bias = dict.fromkeys(range(1000, 3000), 4.0)
     words = ["is", "positive", "Sea Lantern"]
@@ -90,13 +90,13 @@ def test_changed_logits(llm: Any, oracle: Oracle, asked: Asked, free: list[list[
     outputs, requests = twice(llm, asked, greedy(FREE, **options))
     oracle.check(outputs, requests, rule)
     changed = [answer != other for answer, other in zip(tokens(outputs), free * 2, strict=True)]
-    # Else it would show nothing.
+    # If no answer changed, the test would show nothing.
     assert sum(changed) >= len(changed) / 2
 
 
 def test_least_and_last_tokens(llm: Any, oracle: Oracle, asked: Asked, free: list[list[int]]) -> None:
     end = llm.get_tokenizer().eos_token_id
-    # The trained adapter's answer is one word; the others' are cut short by a token.
+    # The trained adapter's answer is one word. The other answers end with a stop token.
     assert free[1][1] == end
     least, stops = 5, {end, *(answer[2] for answer in free)}
     params = SamplingParams(
@@ -122,7 +122,7 @@ def test_stop_tokens(llm: Any, asked: Asked, free: list[list[int]]) -> None:
 
 @pytest.mark.parametrize("include", [False, True])
 def test_stop_strings(llm: Any, asked: Asked, free: list[list[int]], include: bool) -> None:
-    """Three letters out of the middle of each answer, wherever tokens begin."""
+    """The stop string is three characters from the middle of each answer, regardless of token borders."""
     decode = llm.get_tokenizer().decode
     texts = [text(decode, answer) for answer in free]
     stops = [whole[len(whole) // 2 - 1 :][:3] for whole in texts]
