@@ -1,1 +1,1 @@
-"""Tests of `vllm_parade.cluster`; a package, so that the fixtures of its conftest end with its last test."""
+"""Tests of `vllm_parade.cluster`. A package, so that its package-scoped fixtures are torn down after its last test."""

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The application that the tests of this folder share, and what a single engine answers.
+"""The application that the tests of this folder share, and the reference answers of a single engine.
 
-It takes a minute to start, on a machine of two cores. The model is a small random one: the processes are what counts.
+The application starts in a minute on a machine with two cores. The model is small and random, because these tests check
+processes, not models.
 """
 
 from collections.abc import Iterator
@@ -47,7 +48,7 @@ def adapters(folder: Path, model: str) -> dict[str, ParadeRequest]:
 
 @pytest.fixture(scope="package")
 def right(model: str, adapters: dict[str, ParadeRequest]) -> dict[str, Right]:
-    """What a single engine answers, by question."""
+    """Reference answers of a single engine, by question."""
     asked = [*MIXED, *STREAMS, *PLAIN, *FRESH, CHAT]
     with engine(model, enable_parade=True, max_num_seqs=32) as llm:
         inputs: Any = [{"prompt_token_ids": prompt} for _, prompt, _ in asked]
@@ -57,9 +58,9 @@ def right(model: str, adapters: dict[str, ParadeRequest]) -> dict[str, Right]:
         plain = llm.generate(inputs[: len(MIXED)], params[: len(MIXED)], use_tqdm=False)
     told = {str(one): Right.of(answer.outputs[0]) for one, answer in zip(asked, answers, strict=True)}
     changed = sum(Right.of(other.outputs[0]) != told[str(one)] for one, other in zip(MIXED, plain, strict=True))
-    # Answers of the base model must be told from those of the adapters.
+    # The base model must answer differently, or the comparison cannot detect a missing adapter.
     assert changed > 0.9 * sum(name != BASE for name, _, _ in MIXED)
-    # Nearly all tokens can be compared.
+    # Most tokens must be clear enough to compare.
     assert sum(one.clear for one in told.values()) > 0.9 * sum(len(one.tokens) for one in told.values())
     return told
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The list of adapters and its barrier, in scenarios with replicas that are played."""
+"""The list of adapters and its barrier, with simulated replicas."""
 
 import asyncio
 from collections.abc import Callable, Coroutine
@@ -17,7 +17,7 @@ A, B = ParadeModule("a", "/x/a"), ParadeModule("b", "/x/b")
 
 
 class Replica:
-    """Follows a list as a real one does; reads take as long as the test says."""
+    """Follows a list as a real replica does. The test sets when its reads finish."""
 
     def __init__(self, listed: AdapterList, name: str) -> None:
         self.listed, self.name = listed, name
@@ -48,7 +48,7 @@ class Replica:
 
 
 class World:
-    """A list, its replicas, and what was saved."""
+    """A list, its replicas, and the states that it saved."""
 
     def __init__(self) -> None:
         self.saved: list[tuple[int, set[str], list[str]]] = []
@@ -123,7 +123,7 @@ def test_what_one_replica_refuses_was_never_served(play, file: str, message: str
         await asyncio.sleep(0.05)
         assert all("a" not in served for replica in world.replicas for served in replica.seen)
         assert list(world.listed.entries) == ["b"]
-        # Once it is mended it can be loaded.
+        # With the right files, the adapter loads.
         odd.files["/x/a"] = "same"
         await world.listed.load(A)
         assert odd.served == {"a", "b"}
@@ -244,7 +244,7 @@ def test_adapters_from_the_start_are_served_when_the_first_replica_has_read_them
 
 
 def test_an_adapter_from_the_start_may_be_removed_before_a_replica_has_read_it(play) -> None:
-    """As by a new deployment that no longer names it."""
+    """A new deployment that no longer names the adapter removes it."""
 
     async def scenario(world: World) -> None:
         world.listed.entries = {"a": Entry(A)}
@@ -261,7 +261,7 @@ def test_every_change_is_saved_before_it_is_told(play) -> None:
         await world.add(2)
         assert world.saved[-1] == (0, set(), ["replica0", "replica1"])
         await world.listed.load(A)
-        # Read by all, then served by all.
+        # Version 1: all replicas read it. Version 2: all serve it.
         assert [saved[:2] for saved in world.saved[-2:]] == [(1, {"a"}), (2, {"a"})]
         await world.listed.unload("a")
         assert world.saved[-1][:2] == (3, set())

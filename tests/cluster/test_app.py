@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an application is built from: what it refuses, and what its engines get."""
+"""Arguments of an application: which are refused, and which options its engines get."""
 
 import importlib
 import json
@@ -79,7 +79,7 @@ def test_all_engines_get_the_same_knobs_whatever_adapters_there_are_when_they_st
         "max_cpu_parades": 256,
         "parade_sites": ["q", "v", "up"],
     }
-    # Replicas have other working directories.
+    # Absolute, because replicas have other working directories.
     assert given.adapters[0].path == SST2
 
 
@@ -112,7 +112,7 @@ def test_an_application_is_three_deployments() -> None:
     assert config.request_router_config.get_request_router_class().__name__ == AffinityRouter.__name__
     assert config.request_router_config.request_router_kwargs == {"max_num_seqs": 8, "resident": 32}
     assert replicas._replica_config.placement_group_bundles == [{"CPU": 2}]
-    # Two replicas fit on a machine of two cores.
+    # They reserve no CPU, so two replicas fit on a machine with two cores.
     assert [one.ray_actor_options["num_cpus"] for one in (ingress, coordinator)] == [0, 0]
 
 
@@ -120,7 +120,7 @@ NICE = {"RAY_worker_niceness": "0"}
 
 
 def runtime_envs(**options: Any) -> list[dict[str, Any]]:
-    """Of ingress, coordinator and replicas, where the replicas have these options."""
+    """Runtime environments of ingress, coordinator and replicas, for these options of the replicas."""
     ingress = build_app(arguments(replica_options=options))._bound_deployment
     replicas, coordinator = (bound._bound_deployment for bound in ingress.init_args[:2])
     return [one.ray_actor_options["runtime_env"] for one in (ingress, coordinator, replicas)]
@@ -141,7 +141,7 @@ def test_no_process_of_the_application_has_the_low_priority_of_rays_workers(
 
 
 def test_a_submitted_job_hands_its_runtime_environment_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As Serve does it for deployments that have none of their own."""
+    """Serve does this only for deployments without a runtime environment of their own."""
     job = {"working_dir": "gcs://x.zip", "env_vars": {"A": "1"}}
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({"runtime_env": job, "metadata": {}}))
     inherited = {**job, "env_vars": {"A": "1", **NICE}}
@@ -155,7 +155,7 @@ def test_the_examples_yaml_builds_as_it_stands(monkeypatch: pytest.MonkeyPatch) 
     (application,) = config.applications
     module, _, name = application.import_path.partition(":")
     assert getattr(importlib.import_module(module), name) is build_app
-    # As Serve does it: arguments become what the builder's parameter is annotated with.
+    # Serve, too, converts the arguments to the annotated type of the builder's parameter.
     build_app(Arguments.model_validate(application.args))
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The application on a real Ray with two real engines, asked with the official client and compared with one engine."""
+"""The application on a real Ray with two real engines. OpenAI's client sends requests; one engine is the reference."""
 
 import re
 import time
@@ -33,18 +33,18 @@ def test_mixed_requests_equal_a_single_engine(app: Cluster, right: dict[str, Rig
 
 
 def test_a_busy_machine_does_not_starve_the_application(app: Cluster) -> None:
-    """Its processes have the priority of the one that started Ray, and not the lower one of Ray's workers."""
+    """Its processes have the priority of the process that started Ray, not the lower one of Ray's workers."""
     ours = [one for name in ("Replica", "Ingress", "Coordinator") for one in processes(f"ServeReplica:parade:{name}")]
     ours += [one for pid in app.replicas().values() for one in psutil.Process(pid).children(recursive=True)]
     assert len(ours) >= 6
     usual = psutil.Process().nice()
     assert {process.nice() for process in ours} == {usual}
-    # Serve's are as the tests have asked for.
+    # tests/clusters.py sets niceness 1 for Serve's proxies.
     assert {process.nice() for process in processes("ray::ProxyActor")} == {min(usual + 1, 19)}
 
 
 def replicas_of_turns(app: Cluster, first: str) -> list[str]:
-    """The replicas that answer three turns of a chat with the base model, one after the other."""
+    """The replicas that answer three successive turns of a chat with the base model."""
     replicas, messages = [], [{"role": "user", "content": first}]
     for turn in ("w110", "w120", "w130"):
         body = {"model": BASE, "messages": messages, "max_tokens": 8, "ignore_eos": True}
@@ -56,7 +56,7 @@ def replicas_of_turns(app: Cluster, first: str) -> list[str]:
 
 
 def test_an_adapter_keeps_to_its_replica(app: Cluster, right: dict[str, Right]) -> None:
-    """Few enough at once for no replica to be busy: chance alone would send half of them elsewhere."""
+    """Only four requests run at a time, so no replica is busy. Random routing would send half of them elsewhere."""
     asked = [question for question in MIXED if question[0] != BASE]
     answers = together(app.url, asked, at_once=4)
     check(asked, answers, right)
@@ -65,8 +65,8 @@ def test_an_adapter_keeps_to_its_replica(app: Cluster, right: dict[str, Right]) 
         where[model][answer.replica] += 1
     hits = sum(counts.most_common(1)[0][1] for counts in where.values())
     assert hits >= 0.9 * len(asked), where
-    # So does a chat, beside other requests that are too few for any replica to be busy. Chance alone would keep all
-    # five chats together once in a thousand times.
+    # A chat keeps to its replica too. The other requests are too few to make a replica busy. With random routing, all
+    # five chats would keep to their replicas in one run of a thousand.
     with ThreadPoolExecutor(1) as pool:
         others = pool.submit(together, app.url, MIXED, 2)
         chats = [replicas_of_turns(app, f"w{number} w200") for number in range(101, 106)]
@@ -104,13 +104,13 @@ def test_a_loaded_adapter_is_served_at_once(
     answers = together(app.url, FRESH)
     assert response.status_code == 200, response.text
     check(FRESH, answers, right)
-    # Again: nothing to do.
+    # Loading it again changes nothing.
     assert app.load(LATE, adapters[LATE].path).status_code == 200
 
 
 @pytest.mark.nightly
 def test_a_replica_that_joins_later_serves_what_was_loaded(app: Cluster, right: dict[str, Right]) -> None:
-    """It takes another engine's start. The successor of a replica that has died joins in the same way, in every run."""
+    """Nightly, because it starts an engine. In every run, the successor of a dead replica joins in the same way."""
     before = app.replicas()
     app.run(3)
     assert len(app.replicas()) == 3
@@ -156,13 +156,13 @@ def test_an_unloaded_adapter_is_gone_everywhere(app: Cluster, adapters: dict[str
     start = time.monotonic()
     assert app.unload("rank8").status_code == 200
     (answer,) = together(app.url, [next(question for question in MIXED if question[0] == "rank8")])
-    # Replicas are told; none has found out by asking again.
+    # The coordinator notified the replicas: the next poll would have come later.
     assert time.monotonic() - start < POLL_S / 2
     assert isinstance(answer.error, openai.NotFoundError)
     served = app.models_by_replica(set(app.replicas()))
     assert len(served) == 2
     assert all("rank8" not in names for names in served.values())
-    # Back by way of the application's handle.
+    # Load it again through the application's handle.
     handle = serve.get_app_handle(clusters.APPLICATION)
     handle.load.remote("rank8", adapters["rank8"].path).result(timeout_s=TIMEOUT_S)
     assert {"rank8"} < {adapter["name"] for adapter in handle.adapters.remote().result(timeout_s=TIMEOUT_S)["adapters"]}
@@ -171,13 +171,13 @@ def test_an_unloaded_adapter_is_gone_everywhere(app: Cluster, adapters: dict[str
 
 
 def tokens(app: Cluster) -> float:
-    """Tokens that all engines have made so far, which Ray tells once a second."""
+    """Tokens that all engines have generated so far. Ray updates this metric once a second."""
     values = re.findall(r"^ray_vllm_generation_tokens_total{.*} (\S+)$", app.metrics(), re.MULTILINE)
     return sum(map(float, values))
 
 
 def test_a_client_that_goes_away_ends_its_request(app: Cluster) -> None:
-    """Whether it had got something already or not."""
+    """The request ends both before and after its first token."""
 
     def resting() -> bool:
         now = tokens(app)
@@ -212,7 +212,7 @@ def test_metrics_tell_replicas_and_routes(app: Cluster) -> None:
         places = set(re.findall(r'ray_vllm_parade_routed_total{.*place="(\w+)"', text))
         loads = re.findall(r"^ray_vllm_parade_adapter_loads_total{.*} (\S+)$", text, re.MULTILINE)
         return bool(
-            # Ray tells for a while what replicas counted that have left.
+            # For a while, Ray still exports the counters of replicas that have stopped.
             tokens >= replicas
             and sum(map(float, rows)) > 0
             and affinity["hit"] > 0.8 * sum(affinity.values())

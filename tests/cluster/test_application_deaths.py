@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes of the application that die: a replica, the coordinator, Serve's controller."""
+"""Death of the application's processes: a replica, the coordinator, Serve's controller."""
 
 import asyncio
 from collections import Counter
@@ -58,7 +58,7 @@ def test_a_replica_that_dies_takes_its_requests_along_and_no_others(app: Cluster
         if answer.error is None:
             assert wanted.equals(answer.tokens), number
             continue
-        # What had come until then was right; what follows says so.
+        # The tokens before the failure are right, and an error follows them.
         assert wanted.begins_with(answer.tokens)
         assert answer.replica in ("", victim), number
         assert "the replica that answered this request has failed; ask again" in str(answer.error)
@@ -71,7 +71,7 @@ def test_a_replica_that_dies_takes_its_requests_along_and_no_others(app: Cluster
     assert all(answer.error is not None for answer in answers if answer.replica == victim and len(answer.tokens) < LONG)
     wait_until(lambda: not any(map(psutil.Process.is_running, orphans)), CHANGE_TIMEOUT_S, "the engine has ended too")
 
-    # Its requests are answered elsewhere meanwhile, and its successor knows what was loaded after the start.
+    # Meanwhile the other replica answers. The successor also serves adapters that were loaded after the start.
     check(FRESH, together(app.url, FRESH), right)
     wait_until(lambda: len(app.replicas().keys() - before.keys()) == 1, START_TIMEOUT_S, "a new replica")
     (new,) = app.replicas().keys() - before.keys()
@@ -87,21 +87,21 @@ def test_the_list_survives_coordinator_and_controller(
     (coordinator,) = clusters.processes("ray::ServeReplica:parade:Coordinator")
     coordinator.kill()
     ray.kill(ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve"), no_restart=False)
-    # Replicas go on with what they have.
+    # Replicas keep serving their adapters.
     check(FRESH, together(app.url, FRESH), right)
     left = {*NAMES, LATE} - {"last"}
     wait_until(lambda: app.names() == left, CHANGE_TIMEOUT_S, "the list is back, without what was unloaded")
     wait_until(lambda: app.load("last", adapters["last"].path).is_success, CHANGE_TIMEOUT_S, "a load")
     answers = together(app.url, MIXED)
     check(MIXED, answers, right)
-    # The same engines as before: none was replaced, and all follow the new coordinator.
+    # No engine was replaced, and all replicas follow the new coordinator.
     assert app.replicas() == before
     assert {answer.replica for answer in answers} == set(before)
 
 
 def test_a_replica_that_is_stopped_leaves_the_others_as_they_are(app: Cluster, right: dict[str, Right]) -> None:
     before = app.replicas()
-    # Deployed once more as it is, then with one replica less.
+    # Deploy again unchanged, then with one replica less.
     app.run(2)
     assert app.replicas() == before
     app.run(1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An app called without a server: what it is told, and what comes back."""
+"""An ASGI app called without a server: the messages that it gets and returns."""
 
 import asyncio
 from contextlib import aclosing

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the coordinator finds again after its own death and after a new deployment; Ray's store is played."""
+"""What the coordinator restores after its death and after a new deployment, with a fake of Ray's key-value store."""
 
 import asyncio
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ from vllm_parade.config import ParadeModule
 
 
 class Store(dict):
-    """Ray's key-value store, which outlives all processes of a test."""
+    """Fake of Ray's key-value store. It outlives all coordinators of a test."""
 
     def _internal_kv_get(self, key: bytes, namespace: bytes) -> bytes | None:
         return self.get((namespace, key))
@@ -39,14 +39,14 @@ def adapter(name: str, folder: str = "/x") -> ParadeModule:
 
 
 async def start(*given: ParadeModule) -> Coordinator:
-    """A coordinator that has just started, in place of the one before."""
+    """A new coordinator that replaces the previous one."""
     made = object.__new__(Coordinator)
     await Coordinator.__init__(made, given, ["base"])
     return made
 
 
 def serve_all(coordinator: Coordinator) -> None:
-    """As if a replica had read everything."""
+    """Mark all adapters as served, as if a replica had read them."""
     for name, entry in list(coordinator.adapters.entries.items()):
         coordinator.adapters._set(name, Entry(entry.module, f"content of {entry.module.path}"))
 
@@ -80,14 +80,14 @@ def test_what_was_loaded_and_unloaded_outlives_the_coordinator(store: Store) -> 
         serve_all(first)
         first.adapters._set("late", Entry(adapter("late"), "content"))
         first.adapters._set("a", None)
-        # Being loaded when the coordinator dies: whoever asked for it has an error.
+        # It is still loading when the coordinator dies, and its client gets an error. It is not restored.
         first.adapters._set("half", Entry(adapter("half")))
         first.adapters.replicas["one"] = Report(7)
         first.adapters.save(first.adapters)
         second = await start(adapter("a"), adapter("b"))
         assert known(second) == {"b": ("/x/b", True), "late": ("/x/late", True)}
         assert second.adapters.version > first.adapters.version
-        # Whether they are up to date is for them to say.
+        # Replicas report their versions again.
         assert second.adapters.replicas == {"one": Report()}
 
     asyncio.run(scenario())

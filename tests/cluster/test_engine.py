@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Flags of `vllm serve` from values, as a YAML has them."""
+"""Flags of `vllm serve` from values in a YAML file."""
 
 import pytest
 
@@ -38,7 +38,7 @@ def test_arguments_are_those_of_vllms_command() -> None:
     assert (args.model, args.max_num_seqs, args.enforce_eager) == ("/m", 8, True)
     assert args.speculative_config == {"method": "ngram", "num_speculative_tokens": 2}
     knobs = args.additional_config[CONFIG_KEY]
-    # Nothing that would end the process with one line instead of an exception.
+    # Without COMMAND_LINE: with it, a bad flag would exit the process instead of raising.
     assert knobs == {"enable_parade": True, "parade_modules": ['{"name": "a", "path": "/x", "base_model_name": null}']}
 
 

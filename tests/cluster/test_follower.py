@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A replica's adapters after each version of the list, with the front end's real registry and played workers."""
+"""A replica's adapters after each version of the list, with the front end's real registry and fake workers."""
 
 import asyncio
 from types import SimpleNamespace
@@ -14,7 +14,7 @@ from vllm_parade.frontend.adapters import AdapterRegistry
 
 
 class Engine:
-    """An engine whose worker reads what `files` says; a folder that is not there is an error."""
+    """An engine whose worker reads folders from `files`. A folder that is not in it is an error."""
 
     def __init__(self) -> None:
         config = AdditionalConfig({}, ServingConfig(True, max_parades=1, max_cpu_parades=4))
@@ -31,7 +31,7 @@ class Engine:
 
 
 class Served:
-    """A follower, and the names that its app knows."""
+    """A follower, and the adapters that its replica serves."""
 
     def __init__(self, **static: ParadeRequest) -> None:
         self.engine = Engine()
@@ -91,7 +91,7 @@ def test_an_adapter_that_cannot_be_loaded_stops_no_other(served: Served) -> None
     served.apply(a="hash a", b="hash b")
     assert served.names == {"b"}
     assert served.follower.report.problems == {"a": "adapter 'a': no such folder"}
-    # It is tried again, also where the list has not changed.
+    # It is tried again, even if the list has not changed.
     served.engine.files["/x/a"] = "hash a"
     served.send(Snapshot(1, None))
     assert served.names == {"a", "b"}
@@ -99,7 +99,7 @@ def test_an_adapter_that_cannot_be_loaded_stops_no_other(served: Served) -> None
 
 
 def test_files_that_have_changed_are_not_served(served: Served) -> None:
-    """Other replicas read them before: the answers would depend on who answers."""
+    """Other replicas read the old files, so answers would depend on the replica."""
     served.apply(a="what others have")
     assert served.names == set()
     assert "differ from those that the other replicas read" in served.follower.report.problems["a"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What clients get where replicas fail, before and after the first word; replicas are played."""
+"""Responses of the ingress, also when a replica fails before or after the first body bytes. Replicas are fakes."""
 
 import asyncio
 import json
@@ -32,7 +32,7 @@ def body(text: bytes) -> dict[str, Any]:
 
 
 class Answer:
-    """A replica's: lists of messages, and exceptions among them that are raised."""
+    """A replica's answer. Each step is a list of messages, or an exception to raise."""
 
     def __init__(self, *steps: Any) -> None:
         self.steps, self.cancelled = list(steps), False
@@ -53,7 +53,7 @@ class Answer:
 
 
 def make(answer: Any = None, coordinator: Any = None) -> tuple[Any, list[Any]]:
-    """An ingress, and what it asks its replicas."""
+    """An ingress, and the requests that it sends to its replicas."""
     asked: list[Any] = []
 
     def remote(one: Any) -> Any:
@@ -68,7 +68,7 @@ def make(answer: Any = None, coordinator: Any = None) -> tuple[Any, list[Any]]:
 
 
 def ask(answer: Answer, content: bytes = b"{}") -> tuple[Response, Any]:
-    """The response to a request with this body, and the request that replicas see."""
+    """The response to a request with this body, and the request that the replica gets."""
     ingress, asked = make(answer)
 
     async def receive() -> dict[str, Any]:
@@ -133,7 +133,7 @@ def test_health_tells_that_there_is_no_replica(monkeypatch: pytest.MonkeyPatch) 
         async def __anext__(self) -> Any:
             await asyncio.Event().wait()
 
-    # The class was pickled with its module's names when it was made.
+    # Serve pickled the class when it was decorated, so its methods have their own copy of the module's globals.
     health = Ingress.__mro__[1].health
     monkeypatch.setitem(health.__globals__, "HEALTH_S", 0.05)
     answer = Never()
@@ -172,7 +172,7 @@ TURNS = [{"role": "assistant", "content": "Hi"}, {"role": "user", "content": "An
 
 
 def key(*messages: Any, **others: Any) -> bytes | None:
-    """The conversation's key that replicas' routers see."""
+    """The conversation's key that the router gets."""
     content = {"model": "sst2", "messages": messages, **others}
     return ask(Answer([start(), body(b"")]), json.dumps(content).encode())[1].conversation
 
@@ -182,7 +182,7 @@ def test_all_turns_of_a_conversation_have_one_key() -> None:
     assert isinstance(first, bytes)
     assert len(first) == 16
     assert key(SYSTEM, FIRST, *TURNS) == key(SYSTEM, FIRST, *TURNS, *TURNS, temperature=0.5) == first
-    # Keys of objects have no order.
+    # The order of an object's keys does not matter.
     assert key(SYSTEM, dict(reversed(FIRST.items()))) == first
     assert key(FIRST, model=None) == key(FIRST, *TURNS, model=None)
     parts = {"role": "user", "content": [{"type": "text", "text": "\ud800"}]}
@@ -239,7 +239,7 @@ def test_paths_must_be_absolute() -> None:
 
 
 def test_the_requests_of_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each names a route, with a method, a key and a body that the route takes."""
+    """Each request has an existing route, a method and a body that it accepts, and the administrator's key."""
     monkeypatch.setenv("PARADE_ADMIN_KEY", "secret")
     bodies = {"/v1/load_parade_adapter": LoadBody, "/v1/unload_parade_adapter": UnloadBody, "/v1/parade_adapters": None}
     (text,) = texts("docs/ray.md", "tests/cluster/test_ingress.py::test_the_requests_of_the_page", "bash")

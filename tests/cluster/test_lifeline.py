@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes that end with another."""
+"""Processes that end when another process ends."""
 
 import os
 import subprocess

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Handlers that outlive a new configuration of logging."""
+"""Log handlers that keep working after logging is configured again."""
 
 import subprocess
 import sys
@@ -26,7 +26,7 @@ print(handler.target is not None)
 
 
 def lines(tmp_path: Path, how: str) -> tuple[str, list[str]]:
-    """Whether the handler knows its file, and what is in the file."""
+    """Whether the handler still has its target, and the lines in its file."""
     file = tmp_path / f"{how}.log"
     command = [sys.executable, "-c", SCRIPT, str(file), how]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -34,7 +34,7 @@ def lines(tmp_path: Path, how: str) -> tuple[str, list[str]]:
 
 
 def test_a_configuration_closes_what_is_not_kept(tmp_path: Path) -> None:
-    """Where Python no longer does that, vllm_parade.cluster.logs can go."""
+    """If Python no longer does this, vllm_parade.cluster.logs can be removed."""
     assert lines(tmp_path, "lost") == ("False", ["before"])
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Serve's router with our rule: whom it chooses, and what it counts. Replicas are played, Ray does not run."""
+"""Serve's router with our rule: the replicas that it chooses and its counters. Replicas are fakes; Ray does not run."""
 
 import asyncio
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ NAMES = ["one", "two", "three"]
 
 
 class Counts(dict):
-    """Stands in for a counter of Ray's."""
+    """Stands in for a Ray counter."""
 
     def inc(self, tags: dict[str, str]) -> None:
         (value,) = tags.values()
@@ -33,7 +33,7 @@ def request(adapter: str | None, conversation: bytes | None = None) -> Any:
 
 
 class Router(AffinityRouter):
-    """With replicas of these names."""
+    """A router with fake replicas and counters."""
 
     def __init__(self) -> None:
         deployment, source = DeploymentID("Replica", "app"), DeploymentHandleSource.REPLICA
@@ -89,7 +89,7 @@ def test_base_requests_go_to_the_less_busy(router: Router) -> None:
     router.load("one", 5)
     router.load("two", 5)
     counts = [router.route(None) for _ in range(100)]
-    # One of two that chance picks: the idle one whenever it is among them.
+    # The less busy of two random replicas gets the request: the idle one, whenever it is drawn.
     assert counts.count("three") > 35
     assert router.routed == {"base": 100}
     assert router.affinity == {}
@@ -106,7 +106,7 @@ def test_a_hit_is_a_request_whose_replica_has_its_adapter(router: Router) -> Non
     home = router.ids[router.ranks("a")[0]]
     for adapter in ("a", "a", "b", "a", "c", "b"):
         router.on_request_routed(request(adapter), home, None)
-    # Of two that the device holds, "b" had made room for "c".
+    # The device holds two adapters: "c" evicted "b".
     assert router.affinity == {"miss": 4, "hit": 2}
 
 
@@ -126,14 +126,14 @@ def test_a_conversation_stays_where_it_went_while_loads_change(router: Router) -
     router.load(home, FREE)
     first = router.route("a", b"talk")
     assert first != home
-    # The adapter's first replica has room again; the conversation's keys and values are elsewhere.
+    # The adapter's first replica has room again, but the other one has the conversation's keys and values.
     router.load(home, 0)
     router.load(first, FREE - 1)
     assert [router.route("a", b"talk") for _ in range(3)] == [first] * 3
     assert router.route("a", b"other") == router.route("a") == home
     router.load(first, FREE)
     assert router.route("a", b"talk") == home
-    # Its latest turn is what is remembered.
+    # The router remembers the replica of the latest turn.
     router.load(first, 0)
     assert router.route("a", b"talk") == home
     assert router.conversations == {"new": 2, "kept": 4, "moved": 1}
@@ -165,7 +165,7 @@ def test_the_longest_silent_conversation_is_forgotten(router: Router) -> None:
     assert list(router.places) == [b"one", b"three"]
     router.route("a", b"two")
     assert router.conversations == {"new": 4, "kept": 1}
-    # Requests that are no chats are not remembered.
+    # Requests without a conversation are not remembered.
     router.route("a")
     assert list(router.places) == [b"three", b"two"]
 

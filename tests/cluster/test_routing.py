@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The routing rule, in scenarios."""
+"""The routing rule."""
 
 from collections import Counter
 
@@ -19,7 +19,7 @@ def test_an_adapters_requests_meet() -> None:
     rule = AffinityRule(NAMES, SLOTS)
     idle = [0] * len(NAMES)
     places = {adapter: rule.choose(adapter, idle) for adapter in ADAPTERS}
-    # Another router, with another seed, sends alike.
+    # A router with another seed makes the same choices.
     other = AffinityRule(NAMES, SLOTS, seed=5)
     assert places == {adapter: other.choose(adapter, idle) for adapter in ADAPTERS}
     assert (rule.home, rule.spread, rule.elsewhere) == (len(ADAPTERS), 0, 0)
@@ -29,7 +29,7 @@ def test_adapters_are_spread_evenly() -> None:
     rule = AffinityRule(NAMES, SLOTS)
     counts = Counter(rule.order(adapter)[0] for adapter in ADAPTERS)
     assert len(counts) == len(NAMES)
-    # 100 each on average; three standard deviations.
+    # The mean is 100 per replica; the bounds are three standard deviations away.
     assert max(counts.values()) < 130
     assert min(counts.values()) > 70
 
@@ -40,7 +40,7 @@ def test_a_replica_that_goes_moves_only_its_own(gone: int) -> None:
     after = AffinityRule(left, SLOTS)
     for adapter in ADAPTERS[:300]:
         first, second = (NAMES[place] for place in before.order(adapter)[:2])
-        # The second of the old order is the first of the new one: where a hot adapter is loaded already.
+        # The second in the old order becomes the first. A popular adapter is already loaded there.
         assert left[after.order(adapter)[0]] == (second if first == NAMES[gone] else first)
 
 
@@ -56,7 +56,7 @@ def test_a_hot_adapter_spreads_in_its_own_order() -> None:
 def test_an_engine_that_is_full_is_busy_while_others_have_room() -> None:
     rule = AffinityRule(NAMES, SLOTS)
     assert rule.capacity(len(NAMES) * 30) == SLOTS
-    # Where all are full, waiting is everybody's, and adapters meet again.
+    # If all are full, requests wait anywhere, so the limit rises above SLOTS and adapters keep to their replicas.
     assert rule.capacity(len(NAMES) * 40) == 50
     assert rule.capacity(0) == FREE
 
@@ -67,7 +67,7 @@ def test_where_all_its_replicas_are_busy_the_others_help() -> None:
         loads[place] = 50
     chosen = {rule.choose("hot", loads) for _ in range(100)}
     assert rule.elsewhere == 100
-    # Of two picked by chance the less busy one: only a pair of its own eight could be busy.
+    # The less busy of two random replicas gets it. Only if both are among its eight is a busy one chosen.
     assert len(chosen - set(rule.order("hot"))) > 5
 
 
@@ -83,14 +83,14 @@ def test_requests_of_the_base_model_go_where_there_is_room() -> None:
 def test_a_conversation_stays_until_its_replica_is_busy(adapter: str | None) -> None:
     rule, loads = AffinityRule(NAMES, SLOTS), [0] * len(NAMES)
     order = rule.order("any")
-    # Not one of the adapter's own: only the conversation can be the reason to send a request there.
+    # Not one of the adapter's replicas, so only the conversation explains this choice.
     (kept, *_) = set(range(len(NAMES))) - set(order)
     loads[kept] = FREE - 1
     assert {rule.choose(adapter, loads, kept=kept) for _ in range(50)} == {kept}
     loads[kept] = FREE
     left = {rule.choose(adapter, loads, kept=kept) for _ in range(50)}
     assert left == {order[0]} if adapter else len(left) > 5  # by chance
-    # Where everybody has much to do, more is needed to be busy.
+    # If all replicas have many requests, it takes more to be busy.
     loads = [SLOTS // 2] * len(NAMES)
     assert rule.choose(adapter, loads, kept=kept) == kept
     loads[kept] = SLOTS
@@ -102,7 +102,7 @@ def test_without_a_conversation_the_rule_is_as_before() -> None:
     loads = [number % 7 for number in range(len(NAMES))]
     for adapter in [*ADAPTERS[:50], None]:
         assert one.choose(adapter, loads, kept=None) == other.choose(adapter, loads)
-    # Requests that stay are not counted by the adapter's order.
+    # Requests that stay with their conversation are not counted.
     before = (one.home, one.spread, one.elsewhere)
     one.choose(ADAPTERS[0], [0] * len(NAMES), kept=3)
     assert (one.home, one.spread, one.elsewhere) == before

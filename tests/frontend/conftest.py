@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model folder without weights: enough to make an engine's config and its input processor, in milliseconds."""
+"""A model folder without weights. An engine's config and its input processor are created from it in milliseconds."""
 
 import pytest
 
@@ -34,7 +34,7 @@ def model(tmp_path_factory: pytest.TempPathFactory, hf_config) -> str:
 
 @pytest.fixture(scope="session")
 def adapters(tmp_path_factory: pytest.TempPathFactory, hf_config) -> dict[str, ParadeRequest]:
-    """Adapters on disk by name: two of the default sites, one of all five."""
+    """Adapters on disk by name: two with the default sites, one with all five."""
     folder = tmp_path_factory.mktemp("adapters")
     shape = BaseModelShape.from_hf_config(hf_config)
     kinds = {"a": {}, "b": {"r": 8}, "five": {"sites": ("q", "k", "v", "gate", "up")}}
@@ -43,7 +43,7 @@ def adapters(tmp_path_factory: pytest.TempPathFactory, hf_config) -> dict[str, P
 
 @pytest.fixture
 def engine_config(model):
-    """A function that makes an engine's config from keywords of `EngineArgs`."""
+    """A function that creates an engine's config from keywords of `EngineArgs`."""
     from vllm.engine.arg_utils import EngineArgs
 
     def make(**options):

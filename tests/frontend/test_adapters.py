@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stays loaded, what makes room: the front end's registry, with fakes for the engine and its workers."""
+"""Loading and eviction of adapters: the front end's registry, with a fake engine and fake workers."""
 
 import asyncio
 from types import SimpleNamespace
@@ -14,9 +14,9 @@ from vllm_parade.frontend.adapters import AdapterRegistry, ensure_loaded
 
 
 class FakeEngine:
-    """Both kinds of vLLM engine; its one worker takes note of what it was asked to load and to forget.
+    """Base of both fake vLLM engines. Its one worker records what it is asked to load and to forget.
 
-    `unfinished` says whether the requests that were sent still run.
+    `unfinished`: whether the requests that were sent still run.
     """
 
     def __init__(self, max_cpu_parades=2, unfinished=True, **options):
@@ -111,7 +111,7 @@ def test_least_recently_used_makes_room(kind):
 
 
 def test_adapters_in_use_are_never_evicted():
-    """The offline engine holds such a request back: test_held."""
+    """The offline engine holds such a request instead of refusing it: see test_held.py."""
     engine = Online()
     engine.send("a")
     engine.send("b")
@@ -172,7 +172,7 @@ def test_unpinned_adapters_make_room_when_their_requests_have_ended():
     ],
 )
 def test_a_failed_load_changes_nothing(kind, answers, message, stale):
-    """Not even where some workers have read the adapter: a resident one is still with all of them."""
+    """Nothing is evicted, even if some workers have read the new adapter. Those workers forget it."""
     engine = kind(unfinished=False)
     engine.send("a")
     engine.send("b")
@@ -182,14 +182,14 @@ def test_a_failed_load_changes_nothing(kind, answers, message, stale):
     assert engine.resident == ["a", "b"]
     assert engine.added == ["a", "b"]
     assert engine.calls[2:] == ["/x/c", *stale]
-    # The next one is tried anew.
+    # The next request loads the adapter again.
     del engine.answers["/x/c"]
     engine.send("c")
     assert engine.resident == ["b", "c"]
 
 
 def test_refused_adapters_do_not_count_as_used():
-    """However many a client tries in vain, what is in use is what is resident."""
+    """Refused requests never mark an adapter as in use."""
     engine = Online()
     engine.send("a")
     engine.send("b")
@@ -233,7 +233,7 @@ def test_many_first_requests_at_once_load_once():
 
 
 def test_an_adapter_is_in_use_while_its_request_is_still_on_its_way():
-    """vLLM may await (tokenization) before it counts a request as unfinished; its adapter must not go meanwhile."""
+    """vLLM may await tokenization before it counts a request as unfinished. The adapter must not be evicted then."""
     engine = Online(max_cpu_parades=1, unfinished=False)
 
     async def two():
@@ -257,7 +257,7 @@ def test_an_adapter_is_in_use_while_its_request_is_still_on_its_way():
 
 
 async def leave_while_loading(engine):
-    """The first client goes away when its adapter is asked for; then another adapter is loaded."""
+    """Cancel the first client while its adapter is loading, then load another adapter."""
     client = asyncio.create_task(engine.send_async("a"))
     while not engine.calls:
         await asyncio.sleep(0)
@@ -268,7 +268,7 @@ async def leave_while_loading(engine):
 
 
 def test_a_client_that_goes_away_does_not_end_a_load_halfway():
-    """The workers have the adapter by then: the registry must know it, or nobody ever frees its memory."""
+    """The workers have the adapter by then. The registry must record it, or its memory is never freed."""
     engine = Online(unfinished=False)
     asyncio.run(leave_while_loading(engine))
     assert engine.calls == ["/x/a", "/x/b"]

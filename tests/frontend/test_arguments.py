@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Flags and keywords, with vLLM's own parser, on their way to the engine's config."""
+"""Flags and keywords, from vLLM's own parser to the engine's config."""
 
 import itertools
 import json
@@ -18,7 +18,7 @@ from vllm_parade.plugin import register
 def parser(model):
     register()
     parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
-    # Its own default would be looked up on the hub.
+    # vLLM would look up its default model on the Hugging Face Hub.
     parser.set_defaults(model=model)
     return parser
 
@@ -28,7 +28,7 @@ def engine_args(parser, *arguments):
 
 
 def knobs(args):
-    """What reached EngineArgs."""
+    """PARADE's options in EngineArgs."""
     return args.additional_config.get(CONFIG_KEY)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page on serving: its command becomes an engine's config, by vLLM's own parser."""
+"""The command in docs/serving.md gives an engine's config with vLLM's own parser."""
 
 import pytest
 from vllm.engine.arg_utils import AsyncEngineArgs

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Offline requests that find no room for their adapter, with a fake engine whose requests end when the test says so."""
+"""Offline requests without room for their adapter, with a fake engine whose requests end when the test ends them."""
 
 from types import SimpleNamespace
 
@@ -44,7 +44,7 @@ class Engine:
         assert len(self.worker) <= 3, "more than what fits and what takes its place"
         return [{"ok": True, "content_hash": asked}]
 
-    # vLLM's methods, as the seams find them.
+    # vLLM's methods, and the wrappers in `held` around them.
     def _add_request(self, request_id, prompt, params, lora_request=None):
         self.output_processor.external_req_ids[request_id] = [request_id]
         return request_id
@@ -85,12 +85,12 @@ def refuse(path):
 
 
 def test_requests_run_as_room_is_left(engine):
-    """In the order in which they came, except that an adapter that is there already is used."""
+    """Requests start in the order of their arrival, except that one whose adapter is loaded starts at once."""
     for name, adapter in zip("abcdef", ["A", "B", "C", "A", None, "D"], strict=True):
         assert engine.add(name, adapter) == name
     assert engine.step() == ["a", "b", "d", "e"]
     engine.end("a")
-    # A is still used by d.
+    # Request d still uses adapter A.
     assert engine.step() == ["b", "d", "e"]
     engine.end("b")
     assert engine.step() == ["d", "e", "c"]
@@ -147,7 +147,7 @@ def test_a_bad_adapter_is_refused_at_once(engine):
 
 
 def test_an_adapter_that_is_gone_when_its_turn_comes_ends_the_call(engine):
-    """Else the next call would be given answers of this one."""
+    """Otherwise the next call would get answers of this one."""
     for name in "abcd":
         engine.add(name, name.upper())
     engine.changed_files.add("/x/C")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The choke point of all requests, on vLLM's real input processor."""
+"""PARADE's hook in vLLM's input processor, which every request passes, on the real processor."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def request_a():
 
 @pytest.fixture
 def processor(make_processor, request_a):
-    """With adapter a, as if the workers had loaded it."""
+    """An input processor with adapter a registered as loaded."""
     processor = make_processor(enable_parade=True)
     loaded(processor, request_a)
     return processor
@@ -101,7 +101,7 @@ def test_a_number_of_instruction_tokens_that_is_none(processor, request_a, token
 
 
 def test_keys_tell_apart_what_must_not_share(make_processor, request_a):
-    """Equal requests share rows, keys and values; another adapter, instruction or client's salt has its own."""
+    """Equal requests share rows, keys and values. Another adapter, instruction or cache_salt gives another key."""
     processor = make_processor(enable_parade=True)
     other = ParadeRequest("b", "/x/b")
     loaded(processor, request_a)
@@ -112,7 +112,7 @@ def test_keys_tell_apart_what_must_not_share(make_processor, request_a):
     found = [keys(processor, *one)[0] for one in asked]
     assert len(set(found)) == 5
     assert [keys(processor, *one)[0] for one in asked] == found
-    # The client's salt stays what it is.
+    # The client's salt is unchanged.
     assert process(processor, request_a, mine).cache_salt == "mine"
     assert process(processor, request_a).cache_salt is None
 
@@ -168,7 +168,7 @@ def test_requests_of_the_base_model_are_untouched(make_processor, enabled):
 
 @pytest.mark.parametrize("adapter", [None, ParadeRequest("a", "/x/a")])
 def test_forged_plans_are_refused(processor, adapter):
-    """A client's vllm_xargs become extra_args: it must not name another tenant's adapter there."""
+    """A client's vllm_xargs become extra_args, and must not name another tenant's adapter."""
     params = SamplingParams(extra_args={EXTRA_ARGS_KEY: {"adapter": HASH, "tokens": 3}})
     with pytest.raises(VLLMValidationError, match="'parade' is not a sampling argument; name the adapter") as error:
         process(processor, adapter, params=params)
@@ -188,7 +188,7 @@ def test_prompt_longer_than_a_step(processor, request_a):
 
 
 def test_prompt_longer_than_the_scheduler_gives_a_step(make_processor, request_a):
-    """--max-num-scheduled-tokens caps a step below --max-num-batched-tokens: such a prompt would wait for ever."""
+    """--max-num-scheduled-tokens may be below --max-num-batched-tokens. A longer prompt would wait for ever."""
     processor = make_processor(enable_parade=True)
     processor.vllm_config.scheduler_config.max_num_scheduled_tokens = 12
     loaded(processor, request_a)
@@ -209,7 +209,7 @@ def test_streaming_input_is_refused(processor, request_a):
 
 @pytest.mark.parametrize("tokens", [[1, 2, 3], None])
 def test_prompts_with_embeddings_are_refused(make_processor, request_a, tokens):
-    """Equal placeholders with other embeddings would get the vectors of another tenant's prompt."""
+    """Two prompts with equal placeholders but different embeddings could share vectors across tenants."""
     processor = make_processor(enable_parade=True, enable_prompt_embeds=True)
     loaded(processor, request_a)
     prompt = {"type": "embeds", "prompt_embeds": torch.ones(3, 128)}
@@ -231,7 +231,7 @@ def test_an_engine_without_parade(make_processor, request_a):
 
 
 def test_beam_search_keeps_the_first_prompts_instruction(processor, request_a):
-    """Its steps send generated tokens back as prompt; they are no instruction. The caller's request stays as it was."""
+    """Later steps append generated tokens to the prompt, not to the instruction. The caller's request is unchanged."""
     beam = request_a.for_beam_search()
     for tokens in (5, 6, 7):
         assert turns(processor, beam, long_prompt(tokens)) == [(0, 5)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The counters, on vLLM's real manager of stat loggers and with its real encoding of what the scheduler counts."""
+"""The counters, on vLLM's real StatLoggerManager and with its real encoding of scheduler stats."""
 
 import logging
 
@@ -20,7 +20,7 @@ LABELS = {"model_name": "tiny", "engine": "0"}
 
 @pytest.fixture
 def make_manager(engine_config):
-    """A function that makes a manager as the front end does; `parade` enables PARADE."""
+    """A function that creates a manager as the front end does. `parade` enables PARADE."""
     register()
 
     def make(parade=True, **options):
@@ -34,7 +34,7 @@ def make_manager(engine_config):
 
 @pytest.fixture
 def lines():
-    """What vLLM and we log from here on, at vLLM's usual level."""
+    """Log lines of vLLM and of the plugin from here on, at level INFO."""
     logged, log = [], logging.getLogger("vllm")
     handler, level = logging.Handler(), log.level
     handler.emit = lambda record: logged.append(record.getMessage())
@@ -54,14 +54,14 @@ def stats(counts=None):
 
 
 def answered():
-    """Of a step that made a token: vLLM writes its line where there was one since the last."""
+    """Stats of a step that generated a token. vLLM logs its line only if there was one since the last line."""
     result = IterationStats()
     result.num_generation_tokens = 1
     return result
 
 
 def served():
-    """Our metrics by name, as `LLM.get_metrics` and `/metrics` read them."""
+    """PARADE's metrics by name, as `LLM.get_metrics` and `/metrics` read them."""
     return {metric.name: metric for metric in get_metrics_snapshot() if "parade" in metric.name}
 
 
@@ -87,7 +87,7 @@ def test_every_engine_has_its_own_labels(make_manager):
 
 
 def test_counters_follow_the_scheduler(make_manager):
-    """Also past steps without stats, and past stats that are not the scheduler's."""
+    """Steps without stats, and stats without PARADE's counts, change nothing."""
     manager = make_manager()
     for step in (stats((0, 1, 0)), None, stats((0, 1, 0)), stats(), stats((3, 5, 2))):
         manager.record(step, None)
@@ -107,7 +107,7 @@ def test_no_parade_no_counters(make_manager):
 
 
 def test_the_last_engine_of_a_process_has_the_counters(make_manager):
-    """As with vLLM's own; that it starts at all says that nothing is registered twice."""
+    """vLLM's own counters behave the same way. The second manager starts, so no metric is registered twice."""
     make_manager().record(stats((3, 5, 2)), None)
     manager = make_manager()
     assert values() == (0, 0, 0)
@@ -118,7 +118,7 @@ def test_the_last_engine_of_a_process_has_the_counters(make_manager):
 
 
 def test_a_line_follows_vllms_own(make_manager, lines):
-    """It tells of the time since the last one."""
+    """It counts since the last line."""
     manager = make_manager()
     lines.clear()
     for counts in ((1, 1, 0), (4, 2, 1)):
@@ -142,14 +142,14 @@ def test_no_line_where_no_adapter_was_asked(make_manager, lines):
 
 
 def test_vllms_own_loggers_read_nothing_of_the_counts(make_manager, lines):
-    """Neither its metrics nor its line change with them."""
+    """vLLM's metrics and log line do not change with the counts."""
     seen = []
     for step in (stats(), stats((3, 5, 2))):
         manager = make_manager()
         manager.record(step, answered())
         manager.log()
         metrics = [metric for metric in get_metrics_snapshot() if "parade" not in metric.name]
-        # Before that the line has tokens per second.
+        # The start of the line has tokens per second, which vary.
         (line,) = [line.partition("Running: ")[2] for line in lines if "Running: " in line]
         lines.clear()
         seen.append((metrics, line))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The knobs, apart from vLLM: what is taken, what is refused, in which words."""
+"""ServingConfig without vLLM: accepted values, refused values and their messages."""
 
 import re
 
@@ -134,6 +134,6 @@ def test_any_change_of_traced_code_changes_the_compile_cache_key(monkeypatch, tm
 
 
 def test_traced_files_are_those_of_the_layers():
-    """Hooks and op, and what says which parts are scaled and how large the tables are."""
+    """The hooks, the custom op, and the files that define the scaled modules and the table sizes."""
     assert {path.parent.name for path in traced_files()} == {"layers"}
     assert {path.name for path in traced_files()} >= {"model.py", "generator.py", "sites.py", "batch.py"}

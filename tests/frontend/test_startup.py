@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the knobs to an engine's config, or to one clear refusal."""
+"""From PARADE's options to an engine's config, or to one clear error."""
 
 import json
 import pickle
@@ -35,7 +35,7 @@ class TestEnabled:
 
     def test_brings_its_asynchronous_scheduler(self, engine_config):
         config = engine_config()
-        # CPUs switch it off.
+        # vLLM disables asynchronous scheduling on CPUs.
         config.scheduler_config.async_scheduling = True
         startup._enable(config, ServingConfig(True), None)
         assert config.scheduler_config.get_scheduler_cls().__name__ == "ParadeAsyncScheduler"
@@ -192,7 +192,7 @@ def test_refuses_other_architectures(engine_config, hf_config, tmp_path):
 
 
 def test_refuses_the_transformers_implementation(engine_config):
-    """The model's config names LlamaForCausalLM, but vLLM builds a class without the modules that are adjusted."""
+    """The model's config names LlamaForCausalLM, but vLLM's class lacks the modules that PARADE hooks."""
     with pytest.raises(ServingConfigError, match="^model architecture TransformersForCausalLM .*own implementation"):
         engine_config(enable_parade=True, model_impl="transformers")
 
@@ -213,7 +213,7 @@ def test_refuses_what_vllm_takes_on_gpus_only(engine_config, section, field, val
     config = engine_config()
     startup.refuse_unsupported(config)
     part = copy(getattr(config, section))
-    # Properties of the section must see the value too.
+    # Set on a copy of the section, so that its properties use the value too.
     object.__setattr__(part, field, value)
     changed = _Changed(config, section, part)
     with pytest.raises(ServingConfigError, match=f"^{flag}"):
@@ -221,7 +221,7 @@ def test_refuses_what_vllm_takes_on_gpus_only(engine_config, section, field, val
 
 
 class _Changed:
-    """A config with one other value."""
+    """A config with one value replaced."""
 
     def __init__(self, config, field, value):
         self._config = config
@@ -232,7 +232,7 @@ class _Changed:
 
 
 class TestErrorsOfACommandLine:
-    """One line and exit code 1; the same mistake in a keyword raises (tests above)."""
+    """A bad flag gives one line and exit code 1. The same mistake in a keyword raises (tests above)."""
 
     @pytest.fixture
     def exit_line(self, model, monkeypatch):
@@ -270,7 +270,7 @@ class TestErrorsOfACommandLine:
 
 
 def test_the_knobs_cross_to_other_processes(engine_config):
-    """Pickled as an engine core gets them, and copied as vLLM copies the config for a draft model."""
+    """The config is pickled for an engine core, and vLLM copies it for a draft model."""
     config = engine_config(enable_parade=True, max_parades=3)
     copied = pickle.loads(pickle.dumps(config))
     assert ServingConfig.from_vllm_config(copied) == ServingConfig.from_vllm_config(config)
