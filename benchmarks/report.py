@@ -121,7 +121,7 @@ def save(path: Path | None, arguments: Record, results: Sequence[Record]) -> Non
     """Write machine, arguments and results to a JSON file; does nothing without a path."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        shown = {name: value for name, value in arguments.items() if name != "function"}
+        shown = {name: value for name, value in arguments.items() if name != "function"} | {"out": path.name}
         content = {"machine": machine(), "arguments": shown, "results": list(results)}
         path.write_text(json.dumps(content, indent=1, default=str) + "\n")
 

@@ -34,7 +34,7 @@ SHOWN_ENTRIES = 512
 
 def vectors(model: Any, tokenizer: Any, prompts: Sequence[list[int]], batch_size: int = 64) -> dict[int, Tensor]:
     """Vectors of each prompt's last turn by layer, each [prompts, d_out] float32 on the CPU."""
-    from vllm_parade.tuner.model import ARGUMENT
+    from vllm_parade.tuner.instruction import ARGUMENT
 
     parts: dict[int, list[Tensor]] = {}
     for start in range(0, len(prompts), batch_size):

@@ -211,7 +211,9 @@ def test_gradient_checkpointing_changes_nothing() -> None:
 
 def test_what_cannot_be_right_is_refused() -> None:
     model, ids = marked(), torch.tensor(CONVERSATIONS[:1])
-    with pytest.raises(ValueError, match="row 0 has a label at token 12, inside an instruction"):
-        model(input_ids=ids, labels=ids.masked_fill(torch.arange(20) != 12, -100))
+    labels = ids.masked_fill(torch.arange(20) != 12, -100)
+    for mask in (None, torch.ones_like(ids)):
+        with pytest.raises(ValueError, match="row 0 has a label at token 12, inside an instruction"):
+            model(input_ids=ids, labels=labels, instruction_mask=mask)
     with pytest.raises(ValueError, match="pass input_ids, not inputs_embeds"):
         model(inputs_embeds=torch.zeros(1, 4, 64))

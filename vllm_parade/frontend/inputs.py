@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turns a ParadeRequest into an instruction for the engine core. All requests pass here, offline and online."""
+"""Finds the turns of a request under an adapter, for the engine core. All requests pass here, offline and online."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any

@@ -33,7 +33,7 @@ def next_chunk(
     Args:
         conversation: the request's turns
         position: number of tokens computed so far
-        offered: largest number of tokens, at least 1
+        offered: largest number of tokens, 0 or more
         has_vectors: whether an instruction's vectors exist
         can_read: whether the adapter can have a slot in this step
         can_cross: whether the request can hold a second row in this step

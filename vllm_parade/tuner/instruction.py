@@ -2,6 +2,7 @@
 """The turns of a batch: the tokens of each instruction, and the vectors that scale each token."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,8 @@ from torch.nn.utils.rnn import pad_sequence
 from vllm_parade.adapter.turns import Turn, TurnMarkers, find_turns
 from vllm_parade.tuner.attention import sequence_lengths
 
-NO_TOKENS = torch.zeros(0, dtype=torch.long)
+# Name of the turns as a keyword argument of the base model, and as an attribute of its KV cache.
+ARGUMENT = "parade_turns"
 # The row of ones, which scales tokens of the base model.
 BASE_ROW = 0
 
@@ -47,21 +49,33 @@ class BatchTurns:
     """[batch, tokens] int64, the table row that scales each token; [batch, 1] where one row scales a whole sequence."""
     last_rows: Tensor
     """[sequences, 1] int64, the table row of each sequence's last turn."""
-    instructions: Tensor = NO_TOKENS
-    """Positions in the flattened batch of the tokens that this pass reads, instruction by instruction."""
-    lengths: tuple[int, ...] = ()
-    """Number of tokens in each of these instructions."""
+    positions: Tensor | None = None
+    """[instructions, longest] int64, positions in the flattened batch of the tokens that this pass reads, padded with
+    -1; None if it reads none."""
     cached: dict[int, Tensor] = field(default_factory=dict)
     """Tables of earlier passes, by layer."""
     tables: dict[int, Tensor] = field(default_factory=dict)
     """Vectors by layer, [1 + turns, d_out]; the first row holds ones."""
 
+    @classmethod
+    def of_cache(cls, cache: Any, adapter: str) -> "BatchTurns":
+        """The turns of the tokens in a KV cache.
+
+        Raises:
+            ValueError: the cache was filled without this adapter.
+        """
+        turns: BatchTurns | None = getattr(cache, ARGUMENT, None)
+        if turns is None or turns.adapter != adapter:
+            made = "without an adapter" if turns is None else f"under adapter {turns.adapter!r}"
+            raise ValueError(f"the KV cache was filled {made}, and {adapter!r} is active; start with an empty one")
+        return turns
+
     def read(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden states of the instructions, padded to [instructions, tokens, hidden], and their mask."""
-        parts = hidden.flatten(0, 1)[self.instructions.to(hidden.device)].split(self.lengths)
-        padded = pad_sequence(list(parts), batch_first=True)
-        lengths = torch.tensor(self.lengths, device=hidden.device)
-        return padded, torch.arange(padded.shape[1], device=hidden.device) < lengths[:, None]
+        assert self.positions is not None
+        positions = self.positions.to(hidden.device)
+        read = hidden.flatten(0, 1).index_select(0, positions.clamp(min=0).flatten())
+        return read.view(*positions.shape, -1), positions >= 0
 
     def write(self, layer_idx: int, vectors: Tensor) -> None:
         """Store the vectors that a layer generated, [instructions, d_out]."""
@@ -110,11 +124,13 @@ def batch_turns(
     """
     if markers is not None and tokens is None:
         raise ValueError("the adapter finds its turns by token ids; pass input_ids, not inputs_embeds")
-    sizes = lengths or (prompts.shape[1],) * len(prompts)
+    device, sizes = prompts.device, lengths or (prompts.shape[1],) * len(prompts)
+    # Copied once: each read of a value on a GPU waits for the GPU.
+    prompts, tokens = prompts.cpu(), None if tokens is None else tokens.cpu()
     areas = prompts.flatten().split(sizes)
     ids = areas if tokens is None else tokens.flatten().split(sizes)
     found: list[tuple[Turn, ...]] = []
-    rows, last_rows, instructions, read = [], [], [], []
+    rows, last_rows, read = [], [], []
     num_rows, offset = 1 if known is None else 1 + sum(map(len, known.turns)), 0
     for number, (area, sequence, size) in enumerate(zip(areas, ids, sizes, strict=True)):
         positions = area.nonzero()[:, 0]
@@ -131,27 +147,51 @@ def batch_turns(
         _check_cached(turns, cached, cached_tokens)
         row = torch.full((size,), BASE_ROW)
         if known is not None:
-            row[:] = known.last_rows[origin]
+            row[:] = known.last_rows[origin].cpu()
         for turn, place in list(zip(turns, compact, strict=True))[len(cached) :]:
             row[0 if markers is None else turn.start :] = num_rows
             num_rows += 1
-            instructions.append(positions[place.start : place.end].cpu() + offset - cached_tokens)
-            read.append(len(instructions[-1]))
+            read.append(positions[place.start : place.end] + offset - cached_tokens)
         found.append(turns)
         last_rows.append(row[-1:])
         rows.append(row[cached_tokens:])
         offset += size - cached_tokens
-    last = torch.stack(last_rows)
+    last = torch.stack(last_rows).to(device)
     one_row = markers is None and lengths is None
     return BatchTurns(
         adapter,
         tuple(found),
-        token_rows=last if one_row else torch.cat(rows).view(len(prompts), -1),
+        token_rows=last if one_row else torch.cat(rows).view(len(prompts), -1).to(device),
         last_rows=last,
-        instructions=torch.cat(instructions) if instructions else NO_TOKENS,
-        lengths=tuple(read),
+        positions=pad_sequence(read, batch_first=True, padding_value=-1).to(device) if read else None,
         cached={} if known is None else known.later().cached,
     )
+
+
+def continued_turns(
+    markers: TurnMarkers | None,
+    prompt: Prompt | None,
+    known: BatchTurns,
+    cached_tokens: int,
+    shape: torch.Size,
+    attention_mask: Tensor | None,
+) -> BatchTurns:
+    """The turns of a pass with a filled cache. Only the first pass of `generate` can have new ones.
+
+    Args:
+        markers: how the adapter marks its instructions
+        prompt: the prompts of the `generate` call; None outside of one
+        known: the turns of the tokens in the cache
+        cached_tokens: number of tokens in the cache
+        shape: [batch, tokens] of the pass
+        attention_mask: [batch, cached tokens and tokens]
+    """
+    width = cached_tokens + shape[1]
+    if markers is None or prompt is None or prompt.tokens is None or prompt.tokens.shape[1] != width:
+        return known.later()
+    tokens = prompt.tokens.repeat_interleave(shape[0] // len(prompt.tokens), dim=0)
+    prompts = combined(tokens.shape, tokens.device, attention_mask, prompt.mask(width))
+    return batch_turns(known.adapter, markers, tokens, prompts, known=known, cached_tokens=cached_tokens)
 
 
 def _check_cached(turns: tuple[Turn, ...], cached: tuple[Turn, ...], cached_tokens: int) -> None:
@@ -176,9 +216,12 @@ def check_labels(turns: BatchTurns, learnt: Tensor) -> None:
     Raises:
         ValueError: names the row and the token.
     """
-    inside = learnt.flatten().cpu()[turns.instructions].nonzero()
+    if turns.positions is None:
+        return
+    read = turns.positions[turns.positions >= 0]
+    inside = read[learnt.flatten()[read]]
     if len(inside):
-        row, token = divmod(int(turns.instructions[inside[0, 0]]), learnt.shape[1])
+        row, token = divmod(int(inside[0]), learnt.shape[1])
         raise ValueError(
             f"row {row} has a label at token {token}, inside an instruction; generators must not read the answer: give "
             "instruction tokens the label -100"

@@ -17,20 +17,21 @@ from vllm_parade.ops.reference import generate
 from vllm_parade.tuner.config import ParadeConfig
 from vllm_parade.tuner.generator import ParadeGenerator
 from vllm_parade.tuner.instruction import (
+    ARGUMENT,
     BatchTurns,
     Prompt,
     batch_turns,
     before_labels,
     check_labels,
     combined,
+    continued_turns,
     packed_lengths,
 )
 from vllm_parade.tuner.layout import layout_of
 from vllm_parade.tuner.standard import Observed
 
 GENERATOR = "parade_generator"
-# Keyword arguments of the base model. The first one is also the name of an attribute of its KV cache.
-ARGUMENT = "parade_turns"
+# Keyword arguments of the base model.
 MASK_ARGUMENT = "instruction_mask"
 LABELS_ARGUMENT = "parade_labels"
 # Factors for the initial weights of standardized generators. With these, pooled values are about one.
@@ -212,7 +213,8 @@ class ParadeModel(BaseTuner):
         cache = kwargs.get("past_key_values")
         cached_tokens = 0 if cache is None else cache.get_seq_length()
         if cached_tokens:
-            turns = self._continued(adapter, _turns_of(cache, adapter), tokens, cached_tokens, kwargs)
+            known, mask = BatchTurns.of_cache(cache, adapter), kwargs.get("attention_mask")
+            turns = continued_turns(self._markers(adapter), self._prompt, known, cached_tokens, tokens.shape, mask)
         else:
             attended = kwargs.get("attention_mask")
             lengths = packed_lengths(kwargs.get("position_ids"), attended)
@@ -228,28 +230,18 @@ class ParadeModel(BaseTuner):
             check_labels(turns, labels != -100)
         return args, {**kwargs, ARGUMENT: turns}
 
-    def _continued(
-        self, adapter: str, known: BatchTurns, tokens: Tensor, cached_tokens: int, kwargs: dict[str, Any]
-    ) -> BatchTurns:
-        """The turns of a pass with a filled cache. Only the first pass of `generate` can have new ones."""
-        prompt, markers = self._prompt, self._markers(adapter)
-        width = cached_tokens + tokens.shape[1]
-        if markers is None or prompt is None or prompt.tokens is None or prompt.tokens.shape[1] != width:
-            return known.later()
-        ids = prompt.tokens.repeat_interleave(len(tokens) // len(prompt.tokens), dim=0)
-        prompts = combined(ids.shape, ids.device, kwargs.get("attention_mask"), prompt.mask(width))
-        return batch_turns(adapter, markers, ids, prompts, known=known, cached_tokens=cached_tokens)
-
     def _markers(self, adapter: str) -> TurnMarkers | None:
         return cast(ParadeConfig, self.peft_config[adapter]).adapter_config().turn_markers
 
     def _default_prompt(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """With labels, end the instructions before the first label, because generators must not read the responses."""
         labels = kwargs.get("labels")
-        if labels is None or kwargs.get(MASK_ARGUMENT) is not None or not self.active_adapters:
+        if labels is None or not self.active_adapters:
             return args, kwargs
         if self._markers(self.active_adapters[0]) is not None:
             return args, {**kwargs, LABELS_ARGUMENT: labels}
+        if kwargs.get(MASK_ARGUMENT) is not None:
+            return args, kwargs
         lengths = packed_lengths(kwargs.get("position_ids"), kwargs.get("attention_mask"))
         return args, {**kwargs, MASK_ARGUMENT: before_labels(labels, lengths)}
 
@@ -266,7 +258,7 @@ class ParadeModel(BaseTuner):
     ) -> None:
         """Generate the layer's vectors, after the norm between the layer's input and the attention's input."""
         turns = generator.turns
-        if turns is None or not turns.lengths or turns.adapter not in generator.down:
+        if turns is None or turns.positions is None or turns.adapter not in generator.down:
             return
         config = cast(ParadeConfig, self.peft_config[turns.adapter])
         hidden = args[0] if config.generator_input == "layer_input" else output
@@ -297,15 +289,6 @@ class ParadeModel(BaseTuner):
             return output
         part = table.split([self._shape.widths[name] for name in sites], dim=-1)[sites.index(site)]
         return self._layout.sites[site].scale(output, part[turns.token_rows.to(part.device)])
-
-
-def _turns_of(cache: Any, adapter: str) -> BatchTurns:
-    """The turns of the tokens in a KV cache."""
-    turns: BatchTurns | None = getattr(cache, ARGUMENT, None)
-    if turns is None or turns.adapter != adapter:
-        made = "without an adapter" if turns is None else f"under adapter {turns.adapter!r}"
-        raise ValueError(f"the KV cache was filled {made}, and {adapter!r} is active; start with an empty one")
-    return turns
 
 
 def _enter(generator: ParadeGenerator, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
